@@ -1,0 +1,1 @@
+//! L3: segment files and their index.

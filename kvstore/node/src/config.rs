@@ -1,0 +1,487 @@
+//! Configuration: defaults < TOML file < environment < flags. Every limit has a unit in its name; the relations between
+//! fields are checked once, at start.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use kvkeep_core::format::BLOCK_BYTES_MAX;
+use kvkeep_core::{Error, ErrorKind, Result};
+use serde::{Deserialize, Serialize};
+
+use crate::machine;
+use crate::size::ByteSize;
+
+/// Where the policy's clock comes from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum PolicyClock {
+    /// This host's monotonic clock.
+    #[default]
+    Monotonic,
+    /// `policy_clock_ms` of the requests: a trace replays faster than it happened. For tests and benches.
+    Request,
+}
+
+/// Everything a node can be told.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Name of this node in answers, logs and metrics.
+    pub node_name: String,
+    /// Everything that must survive a restart.
+    pub data_dir: PathBuf,
+    /// Where the policy's clock comes from.
+    pub policy_clock: PolicyClock,
+    /// Who may connect, and where.
+    pub listen: Listen,
+    /// Who is who.
+    pub auth: Auth,
+    /// L2.
+    pub arena: ArenaSection,
+    /// L3.
+    pub nvme: NvmeSection,
+    /// Bounds on what clients may ask.
+    pub limits: LimitsSection,
+}
+
+/// Listeners.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Listen {
+    /// gRPC over TCP. Off loopback it needs TLS and tokens.
+    pub grpc: SocketAddr,
+    /// gRPC over a Unix socket; peers are known by their uid. Empty: none.
+    pub unix: PathBuf,
+    /// Prometheus metrics over HTTP; loopback only, no authentication. Absent: none.
+    pub metrics: Option<SocketAddr>,
+    /// TLS certificate chain (PEM).
+    pub tls_cert: Option<PathBuf>,
+    /// TLS private key (PEM, mode 0600).
+    pub tls_key: Option<PathBuf>,
+    /// Serve beyond loopback without TLS or without tokens. Said loudly at start.
+    pub insecure_off_loopback: bool,
+    /// Connections at a time.
+    pub connections_max: u32,
+}
+
+/// Tokens and peers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Auth {
+    /// File of `tenant token [admin]` lines, mode 0600. Absent: every loopback client is the tenant `default` and admin.
+    pub tokens_file: Option<PathBuf>,
+    /// User ids beside the server's own that may use the Unix socket, as the tenant `default`.
+    pub unix_uids: BTreeSet<u32>,
+}
+
+/// The arena.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ArenaSection {
+    /// Size; 0: 25 % of min(available memory, cgroup limit).
+    pub bytes: ByteSize,
+    /// Folder on tmpfs (or hugetlbfs) that holds a folder per node.
+    pub dir: PathBuf,
+    /// Ask for huge pages.
+    pub huge_pages: bool,
+    /// Evict ahead of demand when less than this share of the arena is free, percent.
+    pub low_watermark_percent: u8,
+    /// ... until this share is free, percent.
+    pub high_watermark_percent: u8,
+    /// Bytes committed and not yet on NVMe; beyond it puts that asked to keep everything wait, others are not written.
+    /// 0: a quarter of the arena.
+    pub dirty_bytes_max: ByteSize,
+    /// Share of DRAM reads whose bytes a background scrub checks, bytes per second; 0: no scrub.
+    pub scrub_bytes_per_s: ByteSize,
+}
+
+/// The NVMe store.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct NvmeSection {
+    /// Turn L3 off: nothing survives a stop, durable puts are refused.
+    pub off: bool,
+    /// Size; 0: half of what is free beyond `keep_free_bytes`, at most 64 GiB.
+    pub bytes: ByteSize,
+    /// Never fill the file system beyond this.
+    pub keep_free_bytes: ByteSize,
+    /// One segment file.
+    pub segment_bytes: ByteSize,
+    /// Bytes a day that may be written below class durable; 0: unlimited.
+    pub write_budget_bytes_per_day: ByteSize,
+    /// Operations in flight on the device.
+    pub queue_depth_max: u32,
+    /// Use `pread/pwrite` even where io_uring works.
+    pub no_io_uring: bool,
+    /// Blocks being written in the background at a time.
+    pub write_behind_depth: u32,
+    /// How fast the warm set comes back after a start, bytes per second; 0: not at all.
+    pub warm_bytes_per_s: ByteSize,
+    /// Background scrub, bytes per second; 0: none.
+    pub scrub_bytes_per_s: ByteSize,
+}
+
+/// Bounds on what clients may ask.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LimitsSection {
+    /// Keys of one call.
+    pub batch_keys_max: u32,
+    /// Chains of one match.
+    pub match_queries_max: u32,
+    /// One block.
+    pub block_bytes_max: ByteSize,
+    /// Data of one write or get message.
+    pub chunk_bytes_max: u32,
+    /// Slots granted by one reserve.
+    pub reserve_bytes_max: ByteSize,
+    /// Reserved and not yet committed, all clients together. 0: a quarter of the arena.
+    pub reserved_bytes_max: ByteSize,
+    /// A reservation not committed by then is abandoned, ms.
+    pub reservation_ms: u32,
+    /// Leases of one engine instance.
+    pub leases_per_instance_max: u32,
+    /// Positions leased by one engine instance.
+    pub leased_positions_per_instance_max: u32,
+    /// Longest lease term, ms.
+    pub lease_ttl_ms_max: u32,
+    /// Lease term where the client names none, ms.
+    pub lease_ttl_ms_default: u32,
+    /// However often it is renewed, ms.
+    pub lease_life_ms_max: u32,
+    /// Longest deadline a call may have, ms.
+    pub deadline_ms_max: u32,
+    /// Deadline of a call that names none, ms.
+    pub deadline_ms_default: u32,
+    /// An engine instance ends so long after its last connection closed, ms.
+    pub instance_grace_ms: u32,
+    /// Positions tracked.
+    pub positions_max: u32,
+    /// Events kept for watchers.
+    pub events_max: u32,
+    /// Watchers at a time.
+    pub watchers_max: u32,
+    /// History entries kept for `explain`.
+    pub history_max: u32,
+    /// Prefetched blocks under way or waiting.
+    pub prefetch_queue_max: u32,
+    /// NVMe reads of one get under way, in bytes.
+    pub get_read_ahead_bytes: ByteSize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            node_name: "node-0".into(),
+            data_dir: PathBuf::from("kvkeep-data"),
+            policy_clock: PolicyClock::Monotonic,
+            listen: Listen::default(),
+            auth: Auth::default(),
+            arena: ArenaSection::default(),
+            nvme: NvmeSection::default(),
+            limits: LimitsSection::default(),
+        }
+    }
+}
+
+impl Default for Listen {
+    fn default() -> Self {
+        Self {
+            grpc: SocketAddr::from(([127, 0, 0, 1], 7070)),
+            unix: PathBuf::new(),
+            metrics: None,
+            tls_cert: None,
+            tls_key: None,
+            insecure_off_loopback: false,
+            connections_max: 1024,
+        }
+    }
+}
+
+#[expect(clippy::derivable_impls, reason = "defaults of every section stand together, spelled out")]
+impl Default for Auth {
+    fn default() -> Self {
+        Self { tokens_file: None, unix_uids: BTreeSet::new() }
+    }
+}
+
+impl Default for ArenaSection {
+    fn default() -> Self {
+        Self {
+            bytes: ByteSize(0),
+            dir: PathBuf::from("/dev/shm"),
+            huge_pages: false,
+            low_watermark_percent: 8,
+            high_watermark_percent: 12,
+            dirty_bytes_max: ByteSize(0),
+            scrub_bytes_per_s: ByteSize::mib(16),
+        }
+    }
+}
+
+impl Default for NvmeSection {
+    fn default() -> Self {
+        Self {
+            off: false,
+            bytes: ByteSize(0),
+            keep_free_bytes: ByteSize::gib(4),
+            segment_bytes: ByteSize::gib(1),
+            write_budget_bytes_per_day: ByteSize(0),
+            queue_depth_max: 64,
+            no_io_uring: false,
+            write_behind_depth: 16,
+            warm_bytes_per_s: ByteSize::mib(512),
+            scrub_bytes_per_s: ByteSize::mib(8),
+        }
+    }
+}
+
+impl Default for LimitsSection {
+    fn default() -> Self {
+        Self {
+            batch_keys_max: 8192,
+            match_queries_max: 256,
+            block_bytes_max: ByteSize(BLOCK_BYTES_MAX),
+            chunk_bytes_max: 1 << 20,
+            reserve_bytes_max: ByteSize::mib(256),
+            reserved_bytes_max: ByteSize(0),
+            reservation_ms: 30_000,
+            leases_per_instance_max: 16_384,
+            leased_positions_per_instance_max: 1 << 20,
+            lease_ttl_ms_max: 60_000,
+            lease_ttl_ms_default: 10_000,
+            lease_life_ms_max: 900_000,
+            deadline_ms_max: 120_000,
+            deadline_ms_default: 30_000,
+            instance_grace_ms: 5_000,
+            positions_max: 50_000_000,
+            events_max: 65_536,
+            watchers_max: 64,
+            history_max: 65_536,
+            prefetch_queue_max: 4_096,
+            get_read_ahead_bytes: ByteSize::mib(32),
+        }
+    }
+}
+
+/// Smallest arena that can work: one file, its tables, and room to evict ahead.
+const ARENA_BYTES_MIN: u64 = 64 << 20;
+/// Smallest NVMe store.
+const NVME_BYTES_MIN: u64 = 64 << 20;
+/// Largest NVMe store that is chosen without being asked for.
+const NVME_BYTES_DEFAULT_MAX: u64 = 64 << 30;
+
+impl Config {
+    /// Reads a TOML file. An unknown field is an error: a misspelt limit must not be ignored.
+    pub fn from_file(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(|e| {
+            Error::new(ErrorKind::Config, "the configuration file cannot be read").with("path", path.display()).with("cause", e)
+        })?;
+        Self::from_toml(&text).map_err(|e| e.with("path", path.display()))
+    }
+
+    /// Parses TOML text.
+    pub fn from_toml(text: &str) -> Result<Self> {
+        toml::from_str(text).map_err(|e| {
+            Error::new(ErrorKind::Config, "the configuration does not parse").with("cause", e.to_string().replace('\n', " "))
+        })
+    }
+
+    /// As TOML, every field spelled out.
+    pub fn to_toml(&self) -> String {
+        toml::to_string_pretty(self).expect("every field is a table, number, text or list")
+    }
+
+    /// Puts numbers in the place of "0: choose for me", from what this machine has.
+    pub fn resolve(mut self) -> Result<Self> {
+        if self.arena.bytes.0 == 0 {
+            let quarter = machine::memory_for_us()?.0 / 4;
+            self.arena.bytes = ByteSize(quarter / (1 << 20) * (1 << 20));
+        }
+        if self.arena.dirty_bytes_max.0 == 0 {
+            self.arena.dirty_bytes_max = ByteSize(self.arena.bytes.0 / 4);
+        }
+        if self.limits.reserved_bytes_max.0 == 0 {
+            self.limits.reserved_bytes_max = ByteSize(self.arena.bytes.0 / 4);
+        }
+        if !self.nvme.off && self.nvme.bytes.0 == 0 {
+            let free = machine::disk_free(&self.data_dir)?.0.saturating_sub(self.nvme.keep_free_bytes.0);
+            // What an earlier run preallocated is ours again.
+            let ours = machine::folder_bytes(&self.data_dir.join("segments"));
+            self.nvme.bytes = ByteSize(((free + ours) / 2).min(NVME_BYTES_DEFAULT_MAX) / (1 << 20) * (1 << 20));
+        }
+        // Segments are whole: a small store has smaller ones, so that freeing and filling one never takes all of it.
+        self.nvme.segment_bytes = ByteSize(self.nvme.segment_bytes.0.min((self.nvme.bytes.0 / 4).next_multiple_of(1 << 20)).max(16 << 20));
+        // One lease may not be longer than a lease may live, and so on: the relations are checked, not bent.
+        self.check()?;
+        Ok(self)
+    }
+
+    /// Checks every relation between fields of a resolved configuration; the error names the two that disagree.
+    pub fn check(&self) -> Result<()> {
+        let bad = |what: &'static str| Error::new(ErrorKind::Config, what);
+        let l = &self.limits;
+        if self.node_name.is_empty() || self.node_name.len() > 64 {
+            return Err(bad("node_name has 1 to 64 bytes"));
+        }
+        if self.arena.bytes.0 < ARENA_BYTES_MIN {
+            return Err(bad("arena.bytes is at least 64MiB").with("arena.bytes", self.arena.bytes));
+        }
+        let (low, high) = (self.arena.low_watermark_percent, self.arena.high_watermark_percent);
+        if low == 0 || low >= high || high > 50 {
+            return Err(bad("arena watermarks are 0 < low_watermark_percent < high_watermark_percent <= 50")
+                .with("arena.low_watermark_percent", low)
+                .with("arena.high_watermark_percent", high));
+        }
+        if self.arena.dirty_bytes_max.0 > self.arena.bytes.0 {
+            return Err(bad("arena.dirty_bytes_max is at most arena.bytes").with("arena.dirty_bytes_max", self.arena.dirty_bytes_max));
+        }
+        if !self.nvme.off {
+            if self.nvme.bytes.0 < NVME_BYTES_MIN {
+                return Err(bad("nvme.bytes is at least 64MiB; free disk space, lower nvme.keep_free_bytes, or set nvme.off")
+                    .with("nvme.bytes", self.nvme.bytes)
+                    .with("nvme.keep_free_bytes", self.nvme.keep_free_bytes));
+            }
+            if self.nvme.queue_depth_max == 0 || self.nvme.queue_depth_max > 4096 || self.nvme.write_behind_depth == 0 {
+                return Err(bad("nvme.queue_depth_max is 1 to 4096 and nvme.write_behind_depth at least 1"));
+            }
+        }
+        if l.block_bytes_max.0 > BLOCK_BYTES_MAX || l.block_bytes_max.0 < 1024 {
+            return Err(bad("limits.block_bytes_max is 1KiB to 128MiB").with("limits.block_bytes_max", l.block_bytes_max));
+        }
+        if l.reserve_bytes_max.0 < l.block_bytes_max.0.min(self.arena.bytes.0 / 4) {
+            return Err(bad("limits.reserve_bytes_max holds at least one block")
+                .with("limits.reserve_bytes_max", l.reserve_bytes_max)
+                .with("limits.block_bytes_max", l.block_bytes_max));
+        }
+        if l.reserved_bytes_max.0 > self.arena.bytes.0 / 2 {
+            return Err(bad("limits.reserved_bytes_max is at most half of arena.bytes")
+                .with("limits.reserved_bytes_max", l.reserved_bytes_max)
+                .with("arena.bytes", self.arena.bytes));
+        }
+        if !(4096..=(4 << 20)).contains(&l.chunk_bytes_max) {
+            return Err(bad("limits.chunk_bytes_max is 4KiB to 4MiB").with("limits.chunk_bytes_max", l.chunk_bytes_max));
+        }
+        for (name, value, max) in [
+            ("limits.batch_keys_max", l.batch_keys_max, 65_536),
+            ("limits.match_queries_max", l.match_queries_max, 4_096),
+            ("limits.leases_per_instance_max", l.leases_per_instance_max, 1 << 20),
+            ("limits.leased_positions_per_instance_max", l.leased_positions_per_instance_max, 1 << 26),
+            ("limits.positions_max", l.positions_max, 1 << 30),
+            ("limits.events_max", l.events_max, 1 << 24),
+            ("limits.watchers_max", l.watchers_max, 4_096),
+            ("limits.history_max", l.history_max, 1 << 24),
+            ("limits.prefetch_queue_max", l.prefetch_queue_max, 1 << 20),
+            ("limits.reservation_ms", l.reservation_ms, 600_000),
+            ("listen.connections_max", self.listen.connections_max, 65_536),
+        ] {
+            if value == 0 || value > max {
+                return Err(bad("a limit is at least 1 and has an upper end").with(name, value).with("max", max));
+            }
+        }
+        if l.lease_ttl_ms_default > l.lease_ttl_ms_max || l.lease_ttl_ms_max > l.lease_life_ms_max || l.lease_ttl_ms_default == 0 {
+            return Err(bad("lease terms are 0 < lease_ttl_ms_default <= lease_ttl_ms_max <= lease_life_ms_max")
+                .with("limits.lease_ttl_ms_default", l.lease_ttl_ms_default)
+                .with("limits.lease_ttl_ms_max", l.lease_ttl_ms_max)
+                .with("limits.lease_life_ms_max", l.lease_life_ms_max));
+        }
+        if l.deadline_ms_default > l.deadline_ms_max || l.deadline_ms_default == 0 {
+            return Err(bad("deadlines are 0 < deadline_ms_default <= deadline_ms_max")
+                .with("limits.deadline_ms_default", l.deadline_ms_default)
+                .with("limits.deadline_ms_max", l.deadline_ms_max));
+        }
+        self.check_listeners()
+    }
+
+    fn check_listeners(&self) -> Result<()> {
+        let bad = |what: &'static str| Error::new(ErrorKind::Config, what);
+        let l = &self.listen;
+        if l.tls_cert.is_some() != l.tls_key.is_some() {
+            return Err(bad("listen.tls_cert and listen.tls_key come together"));
+        }
+        if let Some(m) = l.metrics
+            && !m.ip().is_loopback()
+        {
+            return Err(bad("listen.metrics has no authentication: loopback only; put a proxy in front").with("listen.metrics", m));
+        }
+        let guarded = l.tls_cert.is_some() && self.auth.tokens_file.is_some();
+        if !l.grpc.ip().is_loopback() && !guarded && !l.insecure_off_loopback {
+            return Err(bad(
+                "beyond loopback TLS (listen.tls_cert, listen.tls_key) and tokens (auth.tokens_file) are required; \
+                 listen.insecure_off_loopback = true overrides",
+            )
+            .with("listen.grpc", l.grpc));
+        }
+        Ok(())
+    }
+
+    /// [`LimitsSection::instance_grace_ms`] as a duration.
+    pub fn instance_grace(&self) -> Duration {
+        Duration::from_millis(u64::from(self.limits.instance_grace_ms))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn resolved() -> Config {
+        let mut c = Config { data_dir: std::env::temp_dir(), ..Config::default() };
+        c.arena.bytes = ByteSize::mib(256);
+        c.nvme.bytes = ByteSize::gib(1);
+        c.resolve().unwrap()
+    }
+
+    #[test]
+    fn what_is_shown_can_be_read_back() {
+        let c = resolved();
+        assert_eq!(Config::from_toml(&c.to_toml()).unwrap(), c);
+    }
+
+    #[test]
+    fn a_misspelt_field_is_refused() {
+        let e = Config::from_toml("[limits]\nbatch_key_max = 3\n").unwrap_err();
+        assert!(e.to_string().contains("batch_key_max"), "{e}");
+    }
+
+    #[test]
+    fn beyond_loopback_without_tls_or_tokens_is_refused_unless_told_so() {
+        let mut c = resolved();
+        c.listen.grpc = "0.0.0.0:7070".parse().unwrap();
+        assert!(c.check().unwrap_err().to_string().contains("TLS"));
+        c.listen.insecure_off_loopback = true;
+        c.check().unwrap();
+    }
+
+    /// Breaks one relation at a time: each is refused with the name of a field in it.
+    #[test]
+    fn broken_relations_name_their_fields() {
+        let cases: Vec<(&str, Box<dyn Fn(&mut Config)>)> = vec![
+            ("low_watermark_percent", Box::new(|c| c.arena.low_watermark_percent = 40)),
+            ("lease_ttl_ms_max", Box::new(|c| c.limits.lease_ttl_ms_max = 1)),
+            ("deadline_ms_default", Box::new(|c| c.limits.deadline_ms_default = u32::MAX)),
+            ("batch_keys_max", Box::new(|c| c.limits.batch_keys_max = 0)),
+            ("reserved_bytes_max", Box::new(|c| c.limits.reserved_bytes_max = ByteSize::gib(9))),
+            ("arena.bytes", Box::new(|c| c.arena.bytes = ByteSize(1))),
+            ("tls_key", Box::new(|c| c.listen.tls_cert = Some("x".into()))),
+        ];
+        for (field, change) in cases {
+            let mut c = resolved();
+            change(&mut c);
+            let e = c.check().unwrap_err();
+            assert_eq!(e.kind(), ErrorKind::Config);
+            assert!(e.to_string().contains(field), "{field}: {e}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_text_never_panics(text in "\\PC{0,200}") {
+            let _ = Config::from_toml(&text);
+        }
+    }
+}

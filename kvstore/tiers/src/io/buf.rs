@@ -8,7 +8,7 @@ use std::sync::Arc;
 /// A page: O_DIRECT wants offsets, lengths and addresses in these units.
 pub const IO_ALIGN: usize = 4096;
 
-/// Index of a buffer registered with an io_uring, and where that buffer starts.
+/// Names the registration that a buffer lies in. A wrong one costs nothing but speed: an engine compares addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FixedBuf {
     /// Index in the engine's table of registered buffers.
@@ -77,16 +77,35 @@ impl IoBuf {
         unsafe { std::slice::from_raw_parts_mut(self.ptr, self.len) }
     }
 
-    /// The part `at..at+len` of it, sharing the owner.
+    /// The part `at..at+len` of it. Takes the buffer by value: two parts that overlap must never exist.
     ///
     /// # Panics
     /// If the range does not lie inside.
     #[must_use]
-    pub fn slice(&self, at: usize, len: usize) -> Self {
+    pub fn slice(self, at: usize, len: usize) -> Self {
         assert!(at.checked_add(len).is_some_and(|end| end <= self.len), "{at}+{len} lies outside of {}", self.len);
         // SAFETY: inside the range that `new` promised.
         let ptr = unsafe { self.ptr.add(at) };
-        Self { ptr, len, fixed: self.fixed, owner: Arc::clone(&self.owner) }
+        Self { ptr, len, fixed: self.fixed, owner: self.owner }
+    }
+
+    /// The part before `at` and the part from `at` on, sharing the owner.
+    ///
+    /// # Panics
+    /// If `at` does not lie inside.
+    #[must_use]
+    pub fn split_at(self, at: usize) -> (Self, Self) {
+        assert!(at <= self.len, "{at} lies outside of {}", self.len);
+        // SAFETY: inside the range that `new` promised, or one past its end with nothing behind.
+        let ptr = unsafe { self.ptr.add(at) };
+        let tail = Self { ptr, len: self.len - at, fixed: self.fixed, owner: Arc::clone(&self.owner) };
+        (Self { len: at, ..self }, tail)
+    }
+
+    /// The same buffer, said to lie in registration `index`.
+    #[must_use]
+    pub fn with_fixed(self, index: u16) -> Self {
+        Self { fixed: Some(FixedBuf { index }), ..self }
     }
 }
 

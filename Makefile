@@ -1,0 +1,79 @@
+# The commands of this repository. `make` alone lists them.
+#
+# Everything that links RocksDB goes through ops/deps/with-rocksdb, which installs what its build needs (or says what to
+# install), compiles it once for all profiles and targets, and keeps it outside of target/.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+
+WITH  := ops/deps/with-rocksdb
+# In a pipeline a stale Cargo.lock is an error; at a desk cargo may bring it up to date.
+LOCK  := $(if $(CI),--locked,)
+BIN   := target/release
+# Where `make test` leaves the whole log of the tests.
+LOG   := target/test.log
+
+# A trace for `make run` (see `kvkeep-bench replay --help` for the formats); none: a seeded multi-turn workload.
+TRACE ?=
+# More flags for `make run`: make run ARGS='--json out.json'
+ARGS  ?=
+
+.PHONY: help
+help: ## This list
+	@printf 'KVKeep\n\n'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@printf '\n  make run TRACE=file.jsonl.zst   replays a real trace\n'
+
+.PHONY: build
+build: ## The release binaries: kvkeepd, kvkeepctl, kvkeep-bench
+	@printf 'kvkeep: building the release binaries (a few minutes the first time) ...\n' >&2
+	@started=$$SECONDS; $(WITH) cargo build --release $(LOCK) -p kvkeep-node -p kvkeep-ctl -p kvkeep-bench --bins && \
+	  printf 'kvkeep: built in %s s\n' "$$((SECONDS - started))" >&2
+
+.PHONY: run
+run: build ## One node, a multi-turn workload through it, kill -9 half-way, and the account
+	@$(BIN)/kvkeep-bench main $(if $(TRACE),--trace "$(TRACE)") $(ARGS)
+
+.PHONY: test
+test: ## Format, lints, documentation, every test
+	@$(MAKE) fmt
+	@$(MAKE) clippy
+	@$(MAKE) doc
+	@$(MAKE) unit
+	@$(MAKE) python
+
+.PHONY: fmt
+fmt: ## Is the source formatted? (cargo fmt mends it)
+	@printf 'kvkeep: format\n' >&2
+	@cargo fmt --all --check
+
+.PHONY: clippy
+clippy: ## Lints; a warning is an error
+	@printf 'kvkeep: lints\n' >&2
+	@$(WITH) cargo clippy --workspace --all-targets $(LOCK) -- -D warnings
+
+.PHONY: doc
+doc: ## Documentation; a warning is an error
+	@printf 'kvkeep: documentation\n' >&2
+	@RUSTDOCFLAGS='-D warnings' $(WITH) cargo doc --workspace --no-deps $(LOCK)
+
+.PHONY: unit
+unit: ## Every Rust test (dev profile)
+	@printf 'kvkeep: tests\n' >&2
+	@mkdir -p $(dir $(LOG))
+	@$(WITH) cargo build --workspace --bins $(LOCK)
+	@status=0; $(WITH) cargo test --workspace --no-fail-fast $(LOCK) 2>&1 | tee $(LOG) || status=$$?; \
+	  awk '/^test result:/ { passed += $$4; failed += $$6; ignored += $$8 } \
+	       END { printf "\nkvkeep: all Rust tests: %d passed, %d failed, %d ignored\n", passed, failed, ignored }' $(LOG); \
+	  exit $$status
+
+.PHONY: python
+python: ## Stock gRPC from Python against a node, where tests/python is
+	@if [[ -x tests/python/run.sh ]]; then $(WITH) cargo build --bins $(LOCK) -p kvkeep-node && tests/python/run.sh; fi
+
+.PHONY: bench
+bench: build ## The measured bars: gRPC against a bare service, match, and the benches beside the code
+	@$(BIN)/kvkeep-bench grpc $(ARGS)
+	@$(BIN)/kvkeep-bench match $(ARGS)
+	@$(WITH) cargo bench --workspace $(LOCK)

@@ -7,10 +7,14 @@
 pub mod buf;
 pub mod disk;
 mod file;
+pub mod flush;
 pub mod pread;
 mod request;
+pub mod sim;
 mod transfer;
 
 pub use buf::{FixedBuf, IO_ALIGN, IoBuf};
 pub use disk::{Disk, DiskOptions, EngineInfo, FileId, Flush, Io, Io2, MAX_REGISTERED_BUFFERS, Registration, Space};
+pub use flush::FlushCoordinator;
 pub use pread::PreadDisk;
+pub use sim::SimDisk;

@@ -12,7 +12,7 @@ use parking_lot::{Condvar, Mutex};
 use tokio::sync::Semaphore;
 
 use super::buf::IoBuf;
-use super::disk::{Disk, DiskOptions, EngineInfo, FileId, Flush, Io, Io2, Space};
+use super::disk::{Disk, DiskOptions, EngineInfo, FileId, Flush, Io, Io2, Space, shut_down};
 use super::file::Folder;
 use super::request::{self, Backend, Bufs, Kind, Request};
 use super::transfer::{Direction, Transfer};
@@ -134,15 +134,15 @@ impl Backend for Shared {
         &self.depth
     }
 
-    fn start(&self, request: Request) -> Result<(), Request> {
+    fn start(&self, request: Request) {
         let mut queue = self.queue.lock();
         if queue.stopping {
-            return Err(request);
+            drop(queue);
+            return request.answer(Err(shut_down()));
         }
         queue.requests.push_back(request);
         drop(queue);
         self.work.notify_one();
-        Ok(())
     }
 }
 

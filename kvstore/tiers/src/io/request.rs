@@ -82,8 +82,8 @@ pub(crate) trait Backend: Send + Sync + 'static {
     fn folder(&self) -> &Folder;
     /// One permit per operation in flight. Closed when the engine shuts down.
     fn depth(&self) -> &Arc<Semaphore>;
-    /// Takes a request. After that, `answer` is called on it before the engine is gone. `Err` gives it back: shutting down.
-    fn start(&self, request: Request) -> Result<(), Request>;
+    /// Takes a request, and sees to it that it is answered: with [`shut_down`] if the engine is stopping.
+    fn start(&self, request: Request);
 }
 
 async fn perform<B: Backend>(backend: Arc<B>, kind: Kind, file: FileId, offset: u64, bufs: Bufs) -> Answer {
@@ -103,9 +103,7 @@ async fn perform<B: Backend>(backend: Arc<B>, kind: Kind, file: FileId, offset: 
         Err(e) => return (bufs, Err(e)),
     };
     let (done, answer) = oneshot::channel();
-    if let Err(refused) = backend.start(Request { kind, file, offset, bufs, done, permit }) {
-        return (refused.bufs, Err(shut_down()));
-    }
+    backend.start(Request { kind, file, offset, bufs, done, permit });
     drop(backend);
     answer.await.expect("an engine answers every request that it has taken")
 }

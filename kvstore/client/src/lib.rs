@@ -1,1 +1,54 @@
-//! wip
+//! The Rust SDK of KVKeep, over gRPC. Everyone who talks to a server uses it: benches, the CLI, the agent, Python.
+//!
+//! ```no_run
+//! # async fn f(format: kvkeep_core::Format, key: bytes::Bytes, block: bytes::Bytes) -> kvkeep_client::Result<()> {
+//! use kvkeep_client::{Call, Client, ClientConfig, GetItem, MatchQuery, Put, PutPosition};
+//! let client = Client::connect(ClientConfig::from_env()).await?;
+//! let ns = client.register_namespace("my-model", &format, "digest of the weights").await?;
+//! let call = Call::default();
+//! ns.put(&Put { positions: vec![PutPosition::of(key.clone(), block)], ..Put::default() }, &call).await?;
+//! let found = ns.match_chain(&MatchQuery::of(vec![key.clone()]), &call).await?;
+//! assert_eq!(found.boundary_positions, 1);
+//! let parts = ns.get(&[GetItem::of(key)], found.lease_id(), &call).await?;
+//! assert!(parts[0].is_hit());
+//! # Ok(()) }
+//! ```
+//!
+//! The map: [`client`] is the way that every call takes (hello, deadline, retries within [`budget`]); [`connection`] is one
+//! HTTP/2 connection and its hello; [`namespace`] has the verbs on blocks, of which [`matching`], [`get`] (with
+//! `assembly`, the checks on what arrives) and [`put`] are long enough for files of their own; [`events`] and [`admin`] are
+//! for routers and operators; [`convert`] translates between core and proto, and the server uses it too.
+//!
+//! What it promises: a part given back as a hit is whole, of one version, and its checksums matched; every call ends by its
+//! deadline; no call is repeated that could do harm; no task runs in the background but those of HTTP/2. A future may be
+//! dropped at any moment: what it had reserved frees itself on the server.
+
+pub mod admin;
+mod assembly;
+pub mod budget;
+pub mod call;
+pub mod client;
+pub mod config;
+pub mod connection;
+pub mod convert;
+pub mod error;
+pub mod events;
+pub mod get;
+pub mod matching;
+pub mod namespace;
+pub mod put;
+
+pub use admin::Admin;
+pub use budget::RetryBudget;
+pub use call::Call;
+pub use client::{Client, Counters};
+pub use config::ClientConfig;
+pub use connection::{Hello, Limits};
+pub use convert::Retention;
+pub use error::{Error, ErrorKind, Result};
+pub use events::{EventStream, Watch};
+pub use get::{GetItem, GotInto, GotPart};
+pub use kvkeep_proto::v1 as wire;
+pub use matching::{Match, MatchQuery, Verdict};
+pub use namespace::{Lease, Namespace};
+pub use put::{PartOutcome, Put, PutPart, PutPosition};

@@ -1,0 +1,137 @@
+//! How a client is set up.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use kvkeep_core::InstanceId;
+
+use crate::budget::RetryBudget;
+use crate::error::{Error, Result};
+
+/// Where a server listens when nothing else is said.
+pub const DEFAULT_ENDPOINT: &str = "http://127.0.0.1:7070";
+/// Most connections of one client.
+pub const CONNECTIONS_MAX: usize = 64;
+
+/// Everything a client needs to know. `ClientConfig::default()` talks to a server with defaults on this machine.
+#[derive(Clone)]
+pub struct ClientConfig {
+    /// `http://host:port`, `https://host:port`, or `host:port` for http.
+    pub endpoint: String,
+    /// Bearer token. Never shown by `Debug`.
+    pub token: Option<String>,
+    /// PEM file of the certificate authorities that an https endpoint is checked against.
+    pub ca_file: Option<PathBuf>,
+    /// The same as text; wins over `ca_file`.
+    pub ca_pem: Option<String>,
+    /// Name and version of the program, for the server's logs.
+    pub name: String,
+    /// Names this engine instance: leases belong to it, and processes that share one share its leases. Random by default.
+    pub instance: InstanceId,
+    /// TCP connections, 1 to [`CONNECTIONS_MAX`]. More than one helps large transfers; calls take turns.
+    pub connections: usize,
+    /// Of a call that names none.
+    pub deadline: Duration,
+    /// Longest wait for one TCP (and TLS) connection.
+    pub connect_timeout: Duration,
+    /// Bounds on trying again.
+    pub retry: RetryBudget,
+}
+
+impl Default for ClientConfig {
+    fn default() -> Self {
+        Self {
+            endpoint: DEFAULT_ENDPOINT.to_owned(),
+            token: None,
+            ca_file: None,
+            ca_pem: None,
+            name: concat!("kvkeep-client/", env!("CARGO_PKG_VERSION")).to_owned(),
+            instance: InstanceId(rand::random()),
+            connections: 1,
+            deadline: Duration::from_secs(10),
+            connect_timeout: Duration::from_secs(2),
+            retry: RetryBudget::default(),
+        }
+    }
+}
+
+impl ClientConfig {
+    /// The default with what `KVKEEP_ENDPOINT`, `KVKEEP_TOKEN` and `KVKEEP_CA` (a file) say; empty ones say nothing.
+    pub fn from_env() -> Self {
+        let said = |name: &str| std::env::var(name).ok().filter(|v| !v.is_empty());
+        let mut config = Self::default();
+        if let Some(endpoint) = said("KVKEEP_ENDPOINT") {
+            config.endpoint = endpoint;
+        }
+        config.token = said("KVKEEP_TOKEN");
+        config.ca_file = said("KVKEEP_CA").map(PathBuf::from);
+        config
+    }
+
+    /// The default with this endpoint.
+    pub fn to(endpoint: impl Into<String>) -> Self {
+        Self { endpoint: endpoint.into(), ..Self::default() }
+    }
+
+    /// The endpoint with its scheme.
+    pub(crate) fn uri(&self) -> Result<String> {
+        match self.endpoint.split_once("://") {
+            None if self.endpoint.is_empty() => Err(Error::config("the endpoint is empty")),
+            None => Ok(format!("http://{}", self.endpoint)),
+            Some(("http" | "https", _)) => Ok(self.endpoint.clone()),
+            Some((scheme, _)) => {
+                Err(Error::config("an endpoint is http://host:port, https://host:port or host:port")
+                    .with("scheme", scheme))
+            }
+        }
+    }
+
+    pub(crate) fn validate(&self) -> Result<()> {
+        if self.connections == 0 || self.connections > CONNECTIONS_MAX {
+            return Err(Error::config("a client has 1 to 64 connections").with("connections", self.connections));
+        }
+        if self.deadline.is_zero() || self.connect_timeout.is_zero() {
+            return Err(Error::config("deadline and connect_timeout are more than 0"));
+        }
+        let r = self.retry;
+        if !(0.0..=1.0).contains(&r.ratio) || r.attempts_max == 0 {
+            return Err(Error::config("a retry ratio lies between 0 and 1, and a call has at least 1 try")
+                .with("ratio", r.ratio)
+                .with("attempts_max", r.attempts_max));
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for ClientConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ClientConfig")
+            .field("endpoint", &self.endpoint)
+            .field("token", &self.token.as_ref().map(|_| "secret"))
+            .field("name", &self.name)
+            .field("instance", &self.instance)
+            .field("connections", &self.connections)
+            .field("deadline", &self.deadline)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_endpoint_without_a_scheme_is_http() {
+        assert_eq!(ClientConfig::to("host:7070").uri().unwrap(), "http://host:7070");
+        assert_eq!(ClientConfig::to("https://host:7070").uri().unwrap(), "https://host:7070");
+        assert!(ClientConfig::to("unix:///socket").uri().is_err());
+        assert!(ClientConfig::to("").uri().is_err());
+    }
+
+    #[test]
+    fn a_token_is_not_shown() {
+        let config = ClientConfig { token: Some("hunter2".into()), ..ClientConfig::default() };
+        assert!(!format!("{config:?}").contains("hunter2"));
+    }
+}

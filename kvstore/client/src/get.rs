@@ -1,0 +1,308 @@
+//! `get`: bytes out of the store, into memory of their own or straight into the caller's buffers.
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use kvkeep_core::ids::{GroupId, LeaseId, ShardId, Version};
+use kvkeep_core::{Fidelity, MissReason, PartStatus, Tier};
+use kvkeep_proto::v1;
+
+use crate::assembly::{Assembly, Bounds, Into, Landing, Owned};
+use crate::call::Call;
+use crate::client::{Safety, Tries, count};
+use crate::connection::blocks;
+use crate::convert;
+use crate::error::{Error, ErrorKind, Result};
+use crate::namespace::Namespace;
+
+/// Data that we ask for in one chunk, bytes: one HTTP/2 frame; parts up to this size arrive without being copied together.
+const CHUNK_BYTES: usize = 1 << 20;
+
+/// One part, or a range of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GetItem {
+    /// Of its position.
+    pub key: Bytes,
+    /// Which group of the format.
+    pub group: GroupId,
+    /// Which shard of the group.
+    pub shard: ShardId,
+    /// First byte within the part.
+    pub offset: u64,
+    /// Bytes from there; 0: to the part's end.
+    pub length: u64,
+    /// Only this version (the rest of a range that was read before); `None`: any.
+    pub version: Option<Version>,
+}
+
+impl GetItem {
+    /// The whole part of group 0, shard 0.
+    pub fn of(key: Bytes) -> Self {
+        Self::part(key, GroupId(0), ShardId(0))
+    }
+
+    /// A whole part.
+    pub fn part(key: Bytes, group: GroupId, shard: ShardId) -> Self {
+        Self { key, group, shard, offset: 0, length: 0, version: None }
+    }
+
+    fn to_proto(&self) -> v1::GetItem {
+        v1::GetItem {
+            key: self.key.clone(),
+            group: u32::from(self.group.0),
+            shard: u32::from(self.shard.0),
+            offset: self.offset,
+            length: self.length,
+            version: convert::version_to_proto(self.version),
+        }
+    }
+}
+
+/// What is known of an item beside its bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Header {
+    pub(crate) status: PartStatus,
+    pub(crate) reason: Option<MissReason>,
+    pub(crate) retry_after: Option<Duration>,
+    pub(crate) part_bytes: u64,
+    pub(crate) version: Option<Version>,
+    pub(crate) tier: Option<Tier>,
+    pub(crate) fidelity: Fidelity,
+    pub(crate) sums_ok: bool,
+}
+
+impl Header {
+    pub(crate) fn miss(reason: MissReason) -> Self {
+        Self {
+            status: PartStatus::Miss,
+            reason: Some(reason),
+            retry_after: None,
+            part_bytes: 0,
+            version: None,
+            tier: None,
+            fidelity: Fidelity::Exact,
+            sums_ok: false,
+        }
+    }
+}
+
+/// One item of an answered get.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GotPart {
+    /// A hit, or why there are no bytes.
+    pub status: PartStatus,
+    /// Why it is no hit.
+    pub reason: Option<MissReason>,
+    /// When to ask again, where the server named a time.
+    pub retry_after: Option<Duration>,
+    /// The bytes asked for; empty unless a hit.
+    pub data: Bytes,
+    /// Size of the whole part, bytes.
+    pub part_bytes: u64,
+    /// Of the put that made the bytes.
+    pub version: Option<Version>,
+    /// Where it was found.
+    pub tier: Option<Tier>,
+    /// Whether the bytes are those of the put.
+    pub fidelity: Fidelity,
+    /// The whole part was compared with its checksums here. `false` for a hit on a range: then the 64 KiB chunks that lie
+    /// whole in the range were compared here, and the server vouches for the ends.
+    pub sums_ok: bool,
+}
+
+impl GotPart {
+    /// Whether `data` is what was put.
+    pub fn is_hit(&self) -> bool {
+        self.status == PartStatus::Hit
+    }
+
+    fn new(h: Header, data: Bytes) -> Self {
+        Self {
+            status: h.status,
+            reason: h.reason,
+            retry_after: h.retry_after,
+            data,
+            part_bytes: h.part_bytes,
+            version: h.version,
+            tier: h.tier,
+            fidelity: h.fidelity,
+            sums_ok: h.sums_ok,
+        }
+    }
+}
+
+/// One item of an answered [`Namespace::get_into`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GotInto {
+    /// A hit, or why the buffer holds nothing. What a buffer holds after anything but a hit is undefined.
+    pub status: PartStatus,
+    /// Why it is no hit.
+    pub reason: Option<MissReason>,
+    /// When to ask again, where the server named a time.
+    pub retry_after: Option<Duration>,
+    /// Bytes at the start of the buffer.
+    pub len: usize,
+    /// Size of the whole part, bytes.
+    pub part_bytes: u64,
+    /// Of the put that made the bytes.
+    pub version: Option<Version>,
+    /// Where it was found.
+    pub tier: Option<Tier>,
+    /// As in [`GotPart`].
+    pub sums_ok: bool,
+}
+
+impl GotInto {
+    /// Whether the buffer begins with what was put.
+    pub fn is_hit(&self) -> bool {
+        self.status == PartStatus::Hit
+    }
+}
+
+impl Namespace {
+    /// Reads parts. Answers one per item, in order; parts that are not here, late, or that failed a check are values and
+    /// not errors. At the deadline what arrived is the answer, and the rest is `miss` with reason `late`; when the server
+    /// is lost in the middle and does not come back, the rest is `miss` with reason `io`. An error means that nothing
+    /// arrived at all.
+    pub async fn get(&self, items: &[GetItem], lease: Option<LeaseId>, call: &Call) -> Result<Vec<GotPart>> {
+        let mut landing = Owned::new(items.len());
+        let headers = self.fetch(items, lease, call, &mut landing).await?;
+        Ok(headers
+            .into_iter()
+            .enumerate()
+            .map(|(i, h)| {
+                let data = if h.status == PartStatus::Hit { landing.take(i) } else { Bytes::new() };
+                GotPart::new(h, data)
+            })
+            .collect())
+    }
+
+    /// Reads parts into the caller's buffers, one per item; each must hold the range asked for (a part that does not fit its
+    /// buffer is a miss with reason `format`). Otherwise as [`Self::get`].
+    pub async fn get_into(
+        &self,
+        items: &[GetItem],
+        buffers: &mut [&mut [u8]],
+        lease: Option<LeaseId>,
+        call: &Call,
+    ) -> Result<Vec<GotInto>> {
+        if items.len() != buffers.len() {
+            return Err(kvkeep_core::Error::new(
+                kvkeep_core::ErrorKind::InvalidArgument,
+                "get_into takes one buffer per item",
+            )
+            .with("items", items.len())
+            .with("buffers", buffers.len())
+            .into());
+        }
+        let headers = self.fetch(items, lease, call, &mut Into(buffers)).await?;
+        Ok(headers
+            .into_iter()
+            .zip(items)
+            .map(|(h, item)| GotInto {
+                status: h.status,
+                reason: h.reason,
+                retry_after: h.retry_after,
+                len: match h.status {
+                    PartStatus::Hit if item.length == 0 => (h.part_bytes - item.offset) as usize,
+                    PartStatus::Hit => item.length as usize,
+                    _ => 0,
+                },
+                part_bytes: h.part_bytes,
+                version: h.version,
+                tier: h.tier,
+                sums_ok: h.sums_ok,
+            })
+            .collect())
+    }
+
+    async fn fetch(
+        &self,
+        items: &[GetItem],
+        lease: Option<LeaseId>,
+        call: &Call,
+        landing: &mut impl Landing,
+    ) -> Result<Vec<Header>> {
+        let shared = &self.client.shared;
+        let limits = shared.hello().limits;
+        let bounds =
+            Bounds { chunk_bytes: CHUNK_BYTES.min(limits.chunk_bytes_max), block_bytes: limits.block_bytes_max };
+        let mut tries = shared.begin(call);
+        let mut assembly = Assembly::new(items, bounds);
+        let mut rest_is = MissReason::Io;
+        while !assembly.is_complete() {
+            match self.fetch_batch(&tries, &mut assembly, items, bounds, lease, call, landing).await {
+                Ok(()) => {}
+                Err(e) => {
+                    assembly.interrupt(landing);
+                    if e.kind() == ErrorKind::Protocol {
+                        // It lies or is broken: asking again would bring more of it.
+                        count(&shared.counts.violations, 1);
+                        assembly.quarantine(landing);
+                        break;
+                    }
+                    if let Err(e) = tries.again(e, Safety::Repeatable).await {
+                        if e.kind() == ErrorKind::Late {
+                            rest_is = MissReason::Late;
+                        } else if assembly.settled() == 0 {
+                            return Err(e);
+                        }
+                        break;
+                    }
+                }
+            }
+        }
+        count(&shared.counts.bad_sums, assembly.bad_sums);
+        if rest_is == MissReason::Late {
+            count(&shared.counts.late_parts, (items.len() - assembly.settled()) as u64);
+        }
+        Ok(assembly.finish(rest_is, landing))
+    }
+
+    /// Asks for the next items, as many as one call may name, and takes what comes until the stream ends.
+    #[expect(clippy::too_many_arguments, reason = "one step of `fetch`, cut off it only to be read on its own")]
+    async fn fetch_batch(
+        &self,
+        tries: &Tries<'_>,
+        assembly: &mut Assembly<'_>,
+        items: &[GetItem],
+        bounds: Bounds,
+        lease: Option<LeaseId>,
+        call: &Call,
+        landing: &mut impl Landing,
+    ) -> Result<()> {
+        const VERB: &str = "get";
+        let first = assembly.settled();
+        let batch = &items[first..items.len().min(first + self.batch())];
+        let line = self.client.shared.line(tries.left(VERB)?).await?;
+        let left = tries.left(VERB)?;
+        let mut request = tonic::Request::new(v1::GetRequest {
+            ctx: Some(call.to_proto(left)),
+            handle: self.wire_handle(),
+            items: batch.iter().map(GetItem::to_proto).collect(),
+            lease_id: convert::lease_to_proto(lease),
+            fidelity: v1::Fidelity::Exact as i32,
+            chunk_bytes: bounds.chunk_bytes as u32,
+        });
+        request.set_timeout(left);
+        let deadline = tokio::time::Instant::from_std(tries.deadline);
+        let stopped = |s: tonic::Status| -> Error {
+            let error = line.judge(VERB, s);
+            // A stream cut at the deadline may end with any status; what counts is that time is up.
+            if Instant::now() >= tries.deadline { Error::late(VERB) } else { error }
+        };
+        let mut replies = tokio::time::timeout_at(deadline, blocks(line.wire.clone()).get(request))
+            .await
+            .map_err(|_| Error::late(VERB))?
+            .map_err(stopped)?
+            .into_inner();
+        while assembly.settled() < first + batch.len() {
+            let next = tokio::time::timeout_at(deadline, replies.message()).await.map_err(|_| Error::late(VERB))?;
+            match next.map_err(stopped)? {
+                Some(reply) => assembly.feed(first, reply, landing).map_err(|v| Error::protocol(v.0))?,
+                None => return Err(Error::protocol("the answer ended before every item was answered")),
+            }
+        }
+        Ok(())
+    }
+}

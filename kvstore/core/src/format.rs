@@ -216,7 +216,7 @@ impl Format {
                 .with("max", max));
         }
         let max = g.size.max();
-        if max > BLOCK_BYTES_MAX || (max < BLOCK_BYTES_MIN) {
+        if !(BLOCK_BYTES_MIN..=BLOCK_BYTES_MAX).contains(&max) {
             return Err(bad("the largest block of a group has 1 KiB to 128 MiB").with("bytes", max));
         }
         Ok(())
@@ -363,12 +363,14 @@ mod tests {
         }
     }
 
+    type Change = Box<dyn Fn(&mut Format)>;
+
     /// Changes every field once: each change is named and changes the fingerprint.
     #[test]
     fn any_changed_field_is_named_and_changes_the_fingerprint() {
         let base = format();
         base.validate().unwrap();
-        let changes: Vec<(&str, Box<dyn Fn(&mut Format)>)> = vec![
+        let changes: Vec<(&str, Change)> = vec![
             ("model", Box::new(|f| f.model = "n".into())),
             ("dtype", Box::new(|f| f.dtype = "fp8".into())),
             ("layout", Box::new(|f| f.layout = "k".into())),
@@ -376,7 +378,7 @@ mod tests {
             ("hash_seed", Box::new(|f| f.hash_seed = "1".into())),
             ("tokens_per_key", Box::new(|f| f.tokens_per_key = 8)),
             ("topology", Box::new(|f| f.topology.tp = 4)),
-            ("groups", Box::new(|f| drop(f.groups.pop()))),
+            ("groups", Box::new(|f| f.groups.truncate(1))),
             ("groups[1].rule", Box::new(|f| f.groups[1].rule = Rule::State)),
             ("groups[1].tokens_per_block", Box::new(|f| f.groups[1].tokens_per_block = 32)),
             ("groups[0].shards", Box::new(|f| f.groups[0].shards = 3)),

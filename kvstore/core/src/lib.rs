@@ -1,24 +1,36 @@
 //! The words and the decisions of KVKeep, and nothing that touches the outside world.
 //!
 //! Read in this order: [`ids`] (names that must not be swapped) -> [`format`](mod@format) (how the KV of one model
-//! looks) -> [`words`] (tiers, classes, statuses, reasons) -> [`block`] (what is known of a stored block) -> [`checksum`] -> [`error`].
+//! looks) -> [`words`] (tiers, classes, statuses, reasons) -> [`block`] (what is known of a stored block) -> [`checksum`]
+//! -> [`error`]. Then the decisions: [`catalogue`] (tenants, namespaces, revisions) -> [`directory`] (what is where, what
+//! matches, what goes next; `policy` orders it) -> [`lease`] (what stays readable) -> [`history`] (why something is absent)
+//! -> [`events`] (what watchers are told).
 //!
 //! This crate does no I/O, starts no thread, reads no clock (time is passed in as [`ids::Instant`]) and knows neither
 //! RocksDB, tonic, tokio nor CUDA, directly or through anything else; `tests/tests/rooms.rs` asserts it.
 
 pub mod block;
+pub mod catalogue;
 pub mod checksum;
+pub mod directory;
 pub mod error;
+pub mod events;
 pub mod format;
+pub mod history;
 pub mod ids;
+pub mod lease;
+mod policy;
 pub mod words;
 
 pub use block::{BlockMeta, NvmePlace, SlotRef};
+pub use catalogue::{Catalogue, Namespace, StateMachine};
 pub use checksum::{ChunkSums, SUM_CHUNK_BYTES};
+pub use directory::{Directory, DirectoryLimits, MatchOutcome, Matcher};
 pub use error::{Error, ErrorKind, Result};
 pub use format::{Format, Group, Rule, SizeRule, Topology};
 pub use ids::{
     BlockId, Digest, DigestKey, GroupId, Handle, InstanceId, Instant, Key, KeyDomain, LeaseId, NamespaceId, RequestId,
     Revision, ShardId, TenantId, Version,
 };
-pub use words::{Class, Fidelity, MissReason, PartStatus, RequestInfo, RequestKind, Tier};
+pub use lease::{LeaseAsk, LeaseInfo, LeaseLimits};
+pub use words::{Class, EventKind, Fidelity, Happening, MissReason, PartStatus, RequestInfo, RequestKind, Tier};

@@ -142,6 +142,42 @@ words!(
     }
 );
 
+words!(
+    /// What happened to a position: the words of `explain` and of its bounded history.
+    Happening {
+        /// Committed for the first time.
+        Stored = 1 => "stored",
+        /// Copied to a faster tier.
+        Promoted = 2 => "promoted",
+        /// Its copy in a faster tier was dropped; a slower one stays.
+        Demoted = 3 => "demoted",
+        /// The policy took its last copy.
+        Evicted = 4 => "evicted",
+        /// A caller removed it, or its revision ended.
+        Removed = 5 => "removed",
+        /// Its time to live ended.
+        Expired = 6 => "expired",
+        /// A copy failed its checksum or named another block.
+        Quarantined = 7 => "quarantined",
+        /// Its put was refused.
+        Refused = 8 => "refused",
+    }
+);
+
+words!(
+    /// What a watcher is told of a position.
+    EventKind {
+        /// Readable here from now on.
+        Stored = 1 => "stored",
+        /// Now in this faster tier too.
+        Promoted = 2 => "promoted",
+        /// No longer in the faster tier; readable from this one.
+        Demoted = 3 => "demoted",
+        /// No longer readable here.
+        Removed = 4 => "removed",
+    }
+);
+
 /// What every access carries for the policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RequestInfo {

@@ -1,0 +1,131 @@
+//! Accesses, victims, heat.
+
+use std::collections::HashSet;
+
+use crate::block::{NvmePlace, SlotRef};
+use crate::ids::{Digest, GroupId, Handle, Instant, ShardId, Version};
+use crate::words::{Class, RequestInfo, Tier};
+
+use super::Directory;
+use super::entry::{Entry, EntryId, Level, Part};
+use super::home::Need;
+
+/// What should leave a tier next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Victim {
+    /// The position.
+    pub digest: Digest,
+    /// Its namespace and revision.
+    pub handle: Handle,
+    /// The strongest class among its parts.
+    pub class: Class,
+    /// Somebody holds a lease over it (DRAM only, as a last resort; every part is on NVMe).
+    pub leased: bool,
+    /// Only parts behind the last usable boundary of their chain; others of the position stay.
+    pub spare: bool,
+    /// The parts to drop, all of them in the tier asked for.
+    pub parts: Vec<VictimPart>,
+}
+
+/// One part of a [`Victim`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VictimPart {
+    /// Of its group.
+    pub group: GroupId,
+    /// Of its shard.
+    pub shard: ShardId,
+    /// Of the put that made the bytes.
+    pub version: Version,
+    /// Raw bytes.
+    pub len: u32,
+    /// Its class.
+    pub class: Class,
+    /// Its copy in DRAM.
+    pub slot: Option<SlotRef>,
+    /// Its copy on NVMe.
+    pub place: Option<NvmePlace>,
+}
+
+impl Directory {
+    /// Counts an access: one per (request, position), at lease, get or touch. `false`: not here.
+    pub fn access(&mut self, digest: &Digest, info: &RequestInfo, now: Instant) -> bool {
+        match self.slab.find(digest).filter(|id| !self.slab[*id].parts.is_empty()) {
+            Some(id) => {
+                self.access_entry(id, info, now);
+                true
+            }
+            None => false,
+        }
+    }
+
+    pub(super) fn access_entry(&mut self, id: EntryId, info: &RequestInfo, now: Instant) {
+        let e = &mut self.slab[id];
+        e.accesses = e.accesses.saturating_add(1);
+        e.last_access = e.last_access.max(now);
+        self.policy.access(&mut self.slab, id, info, now);
+    }
+
+    /// What should leave `tier` next; `None`: nothing may (or it is no tier of a storage node). It stays until the
+    /// caller drops its copies or defers it: asked again before that, the answer is the same.
+    ///
+    /// Spare parts go first, then the policy's leaves. A durable position never leaves NVMe, nor DRAM before it is on
+    /// NVMe; a leased one never leaves NVMe, and DRAM only when nothing else is left and NVMe has every part.
+    pub fn victim(&mut self, tier: Tier, now: Instant) -> Option<Victim> {
+        let level = Level::of(tier)?;
+        let (id, spare) = match self.spare_victim(level) {
+            Some(id) => (id, true),
+            None => (self.policy.victim(&mut self.slab, level, now)?, false),
+        };
+        let e = &self.slab[id];
+        let home = self.homes.get(e.home);
+        let goes = |p: &&Part| p.on(level) && !(spare && home.shape.groups[usize::from(p.group().0)].need == Need::All);
+        let part = |p: &Part| VictimPart {
+            group: p.group(),
+            shard: p.shard(),
+            version: p.version,
+            len: p.len,
+            class: p.class(),
+            slot: p.slot,
+            place: p.place,
+        };
+        Some(Victim {
+            digest: e.digest,
+            handle: home.handle,
+            class: e.class(),
+            leased: e.leases > 0,
+            spare,
+            parts: e.parts.as_slice().iter().filter(goes).map(part).collect(),
+        })
+    }
+
+    /// Not this victim now (it is pinned, or on its way to NVMe): others first.
+    pub fn defer(&mut self, digest: &Digest, tier: Tier) {
+        let Some((level, id)) = Level::of(tier).zip(self.slab.find(digest)) else { return };
+        // Spare parts then wait for the turn of their position, or for the next change of it.
+        if self.slab[id].has(Entry::SPARE_LISTED[level as usize]) {
+            self.leave_spare(id, level);
+        } else if self.slab[id].resident(level) {
+            self.policy.defer(&mut self.slab, id, level);
+        }
+    }
+
+    /// At most `most` positions of `tier`, hottest first, parents always before their children: the warm set in the
+    /// order in which it should come back.
+    pub fn hottest(&self, tier: Tier, most: usize) -> Vec<Digest> {
+        let Some(level) = Level::of(tier) else { return Vec::new() };
+        let mut out = Vec::new();
+        let mut seen = HashSet::new();
+        let mut chain = Vec::new();
+        self.policy.hottest(&self.slab, level, &mut |id| {
+            let mut next = Some(id);
+            while let Some(id) = next.filter(|id| seen.insert(*id)) {
+                chain.push(id);
+                next = self.slab[id].parent.some();
+            }
+            let resident = chain.drain(..).rev().map(|id| &self.slab[id]).filter(|e| e.resident(level));
+            out.extend(resident.map(|e| e.digest).take(most - out.len()));
+            out.len() < most
+        });
+        out
+    }
+}

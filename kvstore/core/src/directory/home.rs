@@ -1,0 +1,195 @@
+//! What positions of one handle share: the handle itself, the shape of its format, and what it uses.
+
+use std::collections::HashMap;
+
+use crate::format::{Format, Rule};
+use crate::ids::Handle;
+
+use super::entry::{Level, Part};
+
+/// Index of a home. Four bytes in every entry instead of eight, and the format's rules at hand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct HomeId(u32);
+
+/// What one group asks of a chain, counted in positions and blocks.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct GroupShape {
+    /// Positions per block.
+    pub span: u32,
+    pub shards: u32,
+    pub need: Need,
+}
+
+/// Which blocks of a group a boundary needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Need {
+    All,
+    /// The last so many blocks, at least 1.
+    Last(u32),
+    /// The one that ends at the boundary.
+    State,
+}
+
+impl GroupShape {
+    /// Whether a block of the group ends with position `index`.
+    pub(crate) fn ends_at(&self, index: u32) -> bool {
+        (index + 1).is_multiple_of(self.span)
+    }
+}
+
+/// The rules of a format.
+#[derive(Clone, Debug)]
+pub(crate) struct Shape {
+    pub groups: Vec<GroupShape>,
+    /// A boundary is a multiple of so many positions: the least common multiple of the groups' spans.
+    pub unit: u64,
+    /// Every group is `all`: nothing goes early.
+    pub plain: bool,
+    /// Positions of the longest window; 0: no window group.
+    pub window_positions: u32,
+}
+
+impl Shape {
+    pub(crate) fn of(format: &Format) -> Self {
+        let groups: Vec<GroupShape> = format
+            .groups
+            .iter()
+            .map(|g| GroupShape {
+                span: format.positions_per_block(g),
+                shards: u32::from(g.shards),
+                need: match g.rule {
+                    Rule::All => Need::All,
+                    Rule::Window { tokens } => Need::Last(tokens.div_ceil(g.tokens_per_block.max(1)).max(1)),
+                    Rule::State => Need::State,
+                },
+            })
+            .collect();
+        // Saturates far beyond any chain: such a format then has no boundary, as its spans demand.
+        let unit = groups.iter().fold(1, |unit, g| lcm(unit, u64::from(g.span)));
+        let window_positions = groups
+            .iter()
+            .map(|g| match g.need {
+                Need::Last(blocks) => blocks.saturating_mul(g.span),
+                Need::All | Need::State => 0,
+            })
+            .max()
+            .unwrap_or(0);
+        let plain = groups.iter().all(|g| g.need == Need::All);
+        Self { groups, unit, plain, window_positions }
+    }
+
+    /// Parts that a whole position `index` has.
+    pub(crate) fn parts_at(&self, index: u32) -> usize {
+        self.groups.iter().filter(|g| g.ends_at(index)).map(|g| g.shards as usize).sum()
+    }
+
+    /// Whether all shards of every group that `asked` names and that has a block ending at `index` are among `parts`.
+    pub(crate) fn whole(&self, index: u32, parts: &[Part], asked: impl Fn(Need) -> bool) -> bool {
+        self.groups.iter().enumerate().filter(|(_, g)| asked(g.need) && g.ends_at(index)).all(|(i, g)| {
+            let here = parts.iter().filter(|p| usize::from(p.group().0) == i).count();
+            here == g.shards as usize
+        })
+    }
+}
+
+fn lcm(a: u64, b: u64) -> u64 {
+    let gcd = |mut a: u64, mut b: u64| {
+        while b != 0 {
+            (a, b) = (b, a % b);
+        }
+        a
+    };
+    (a / gcd(a, b)).saturating_mul(b)
+}
+
+/// What the positions of one handle hold.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Positions with at least one part.
+    pub positions: u64,
+    /// Parts with at least one copy.
+    pub parts: u64,
+    /// Raw bytes of copies in DRAM.
+    pub dram_bytes: u64,
+    /// Raw bytes of copies on NVMe.
+    pub nvme_bytes: u64,
+}
+
+impl Usage {
+    pub(crate) fn bytes_mut(&mut self, level: Level) -> &mut u64 {
+        match level {
+            Level::Dram => &mut self.dram_bytes,
+            Level::Nvme => &mut self.nvme_bytes,
+        }
+    }
+}
+
+/// One handle in use.
+#[derive(Debug)]
+pub(crate) struct Home {
+    pub handle: Handle,
+    pub shape: Shape,
+    pub usage: Usage,
+    entries: u32,
+}
+
+/// Handles in use; one leaves with its last entry.
+#[derive(Debug, Default)]
+pub(crate) struct Homes {
+    homes: Vec<Home>,
+    vacant: Vec<u32>,
+    by_handle: HashMap<Handle, u32>,
+}
+
+impl Homes {
+    pub(crate) fn get(&self, id: HomeId) -> &Home {
+        &self.homes[id.0 as usize]
+    }
+
+    pub(crate) fn get_mut(&mut self, id: HomeId) -> &mut Home {
+        &mut self.homes[id.0 as usize]
+    }
+
+    pub(crate) fn find(&self, handle: Handle) -> Option<&Home> {
+        self.by_handle.get(&handle).map(|i| &self.homes[*i as usize])
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Home> {
+        self.by_handle.values().map(|i| &self.homes[*i as usize])
+    }
+
+    /// The handle's home, made if it has none. Follow with [`Homes::enter`] for each entry.
+    pub(crate) fn intern(&mut self, handle: Handle, format: &Format) -> HomeId {
+        if let Some(i) = self.by_handle.get(&handle) {
+            return HomeId(*i);
+        }
+        let home = Home { handle, shape: Shape::of(format), usage: Usage::default(), entries: 0 };
+        let i = match self.vacant.pop() {
+            Some(i) => {
+                self.homes[i as usize] = home;
+                i
+            }
+            None => {
+                self.homes.push(home);
+                self.homes.len() as u32 - 1
+            }
+        };
+        self.by_handle.insert(handle, i);
+        HomeId(i)
+    }
+
+    /// An entry of this home was made.
+    pub(crate) fn enter(&mut self, id: HomeId) {
+        self.homes[id.0 as usize].entries += 1;
+    }
+
+    /// An entry of this home has gone.
+    pub(crate) fn leave(&mut self, id: HomeId) {
+        let home = &mut self.homes[id.0 as usize];
+        home.entries -= 1;
+        if home.entries == 0 {
+            self.by_handle.remove(&home.handle);
+            self.vacant.push(id.0);
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! Leases over positions: the table knows who and until when, the entries count how many.
+
+use std::time::Duration;
+
+use crate::error::Result;
+use crate::ids::{Digest, InstanceId, Instant, LeaseId, RequestId};
+use crate::lease::{LeaseAsk, LeaseInfo};
+use crate::words::RequestInfo;
+
+use super::Directory;
+use super::entry::{EntryId, Level};
+
+impl Directory {
+    /// Leases those of `digests` that are here (at least one part), in the lease that `ask` names; each position newly
+    /// in it counts as accessed. Returns the lease (`None`: nothing was here and no such lease was) and, per digest,
+    /// whether it is held now.
+    ///
+    /// # Errors
+    /// `Throttled` or `TooLarge` naming the bound, with nothing taken; `Expired` for a lease at the end of its life.
+    pub fn lease(
+        &mut self,
+        ask: &LeaseAsk,
+        digests: &[Digest],
+        info: &RequestInfo,
+        now: Instant,
+    ) -> Result<(Option<LeaseId>, Vec<bool>)> {
+        let (lease, new) = self.open_lease(ask, now)?;
+        let mut fresh = Vec::new();
+        let mut held = Vec::with_capacity(digests.len());
+        for digest in digests {
+            let id = self.slab.find(digest).filter(|id| !self.slab[*id].parts.is_empty());
+            held.push(id.is_some());
+            let Some(id) = id else { continue };
+            match self.hold(lease, id) {
+                Ok(true) => fresh.push(id),
+                Ok(false) => {}
+                Err(e) => {
+                    for id in fresh {
+                        self.unhold(lease, id);
+                    }
+                    self.end_if_empty(lease, new);
+                    return Err(e);
+                }
+            }
+        }
+        // The deepest first, so that a parent is never older than its child.
+        for id in fresh.into_iter().rev() {
+            self.access_entry(id, info, now);
+        }
+        let empty = self.end_if_empty(lease, new);
+        Ok(((!empty).then_some(lease), held))
+    }
+
+    /// Moves the end of a lease to `ttl` from now, within its longest life, and returns the end.
+    ///
+    /// # Errors
+    /// `Expired` when it has ended.
+    pub fn renew_lease(&mut self, id: LeaseId, ttl: Duration, now: Instant) -> Result<Instant> {
+        self.leases.renew(id, ttl, now)
+    }
+
+    /// Ends a lease. `false`: it had ended before.
+    pub fn release(&mut self, id: LeaseId) -> bool {
+        let Some(lease) = self.leases.end(id) else { return false };
+        for position in lease.positions.iter() {
+            self.uncount(position);
+        }
+        true
+    }
+
+    /// Ends the lease of a request. `false`: there was none.
+    pub fn release_request(&mut self, instance: InstanceId, request: &RequestId) -> bool {
+        self.leases.of_request(instance, request).is_some_and(|id| self.release(id))
+    }
+
+    /// Ends at most `max` leases of an instance. `true`: there may be more.
+    pub fn end_instance(&mut self, instance: InstanceId, max: usize) -> bool {
+        for _ in 0..max {
+            match self.leases.any_of(instance) {
+                Some(id) => self.release(id),
+                None => return false,
+            };
+        }
+        true
+    }
+
+    /// Ends at most `max` leases whose time has come. Returns how many.
+    pub fn expire_leases(&mut self, now: Instant, max: usize) -> usize {
+        let mut ended = 0;
+        while ended < max
+            && let Some(id) = self.leases.due(now)
+        {
+            self.release(id);
+            ended += 1;
+        }
+        ended
+    }
+
+    /// The lease, if it has not ended.
+    pub fn lease_info(&self, id: LeaseId) -> Option<LeaseInfo> {
+        self.leases.info(id)
+    }
+
+    /// Whether a lease holds a position: then a get under it is not another access.
+    pub fn lease_holds(&self, id: LeaseId, digest: &Digest) -> bool {
+        self.leases.get(id).zip(self.slab.find(digest)).is_some_and(|(lease, entry)| lease.positions.contains(entry))
+    }
+
+    /// At most `most` leases, those that end soonest first.
+    pub fn leases(&self, most: usize) -> Vec<LeaseInfo> {
+        self.leases.list(most)
+    }
+
+    /// How many leases there are.
+    pub fn lease_count(&self) -> usize {
+        self.leases.len()
+    }
+
+    /// Positions with at least one lease.
+    pub fn leased_positions(&self) -> u32 {
+        self.leased
+    }
+
+    pub(super) fn open_lease(&mut self, ask: &LeaseAsk, now: Instant) -> Result<(LeaseId, bool)> {
+        // One whose time has come but that nobody has ended yet is no more.
+        if let Some(old) = self.leases.of_request(ask.instance, &ask.request)
+            && self.leases.info(old).is_some_and(|lease| lease.ends <= now)
+        {
+            self.release(old);
+        }
+        self.leases.open(ask, now)
+    }
+
+    /// Adds a position to a lease. `false`: it was in it.
+    pub(super) fn hold(&mut self, lease: LeaseId, id: EntryId) -> Result<bool> {
+        let new = self.leases.add(lease, id)?;
+        if new {
+            let e = &mut self.slab[id];
+            e.leases += 1;
+            if e.leases == 1 {
+                self.leased += 1;
+                self.refresh_spare(id);
+            }
+        }
+        Ok(new)
+    }
+
+    /// Takes a position out of a lease, if that still is and has it.
+    pub(super) fn unhold(&mut self, lease: LeaseId, id: EntryId) {
+        if self.leases.drop_position(lease, id) {
+            self.uncount(id);
+        }
+    }
+
+    /// Whether a lease has not ended and has the position.
+    pub(super) fn holds(&self, lease: LeaseId, id: EntryId) -> bool {
+        self.leases.get(lease).is_some_and(|l| l.positions.contains(id))
+    }
+
+    /// Ends a lease that was opened for nothing.
+    pub(super) fn end_if_empty(&mut self, lease: LeaseId, new: bool) -> bool {
+        new && self.leases.get(lease).is_some_and(|l| l.positions.len() == 0) && self.release(lease)
+    }
+
+    fn uncount(&mut self, id: EntryId) {
+        let e = &mut self.slab[id];
+        e.leases -= 1;
+        if e.leases > 0 {
+            return;
+        }
+        self.leased -= 1;
+        if self.slab[id].parts.is_empty() {
+            self.release_entry(id);
+            return;
+        }
+        self.refresh_spare(id);
+        for level in Level::BOTH {
+            if self.slab[id].resident(level) {
+                self.policy.freed(&mut self.slab, id, level);
+            }
+        }
+    }
+}

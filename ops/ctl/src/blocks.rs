@@ -1,0 +1,123 @@
+//! `block list`, `block show`, `explain`.
+
+use bytes::Bytes;
+use kvkeep_client::wire;
+use serde_json::json;
+
+use crate::failure::{Failure, Outcome};
+use crate::key::KeyArg;
+use crate::output::{Output, pairs, table};
+use crate::session::Session;
+use crate::{key, show, units};
+
+/// `block list`
+pub async fn list(
+    session: &Session,
+    namespace: Option<&str>,
+    prefix: Option<&KeyArg>,
+    limit: u32,
+    out: &Output,
+) -> Outcome {
+    let ns = session.blocks(namespace).await?;
+    let prefix = prefix.map_or_else(Bytes::new, |p| p.0.clone());
+    let (positions, more) = ns.list(&prefix, limit as usize, &session.call).await?;
+    let fields = json!({ "positions": positions.iter().map(show::position_json).collect::<Vec<_>>(), "more": more });
+    out.answer("blocks", fields, || {
+        let rows = positions.iter().map(|p| {
+            vec![
+                key::show(&p.key),
+                p.position.to_string(),
+                p.parts.len().to_string(),
+                units::bytes(show::bytes_of(p)),
+                show::class(p.class).to_owned(),
+                show::tiers_of(p),
+                p.leases.to_string(),
+                p.accesses.to_string(),
+                units::millis(p.idle_ms),
+            ]
+        });
+        let head = ["key", "position", "parts", "bytes", "class", "tiers", "leases", "accesses", "idle"];
+        let mut text = table(&head, rows, &[1, 2, 3, 6, 7, 8]);
+        if more {
+            text.push_str(&format!("the first {limit}; see more with --limit\n"));
+        }
+        text
+    })?;
+    Ok(())
+}
+
+/// `block show`
+pub async fn show(session: &Session, namespace: Option<&str>, key: &KeyArg, out: &Output) -> Outcome {
+    let reply = session.blocks(namespace).await?.explain(&key.0, &session.call).await?;
+    let Some(p) = &reply.position else {
+        return Err(
+            Failure::failed(format!("not here: {}", sentence(&reply))).advise("`kvkeepctl explain` has its history")
+        );
+    };
+    out.answer("block", show::position_json(p), || position_text(p))?;
+    Ok(())
+}
+
+/// `explain`
+pub async fn explain(session: &Session, namespace: Option<&str>, key: &KeyArg, out: &Output) -> Outcome {
+    let reply = session.blocks(namespace).await?.explain(&key.0, &session.call).await?;
+    let fields = json!({
+        "key": key::hex(&key.0),
+        "status": show::status(reply.status),
+        "reason": show::reason_json(reply.reason),
+        "summary": reply.summary,
+        "position": reply.position.as_ref().map(show::position_json),
+        "history": reply.history.iter().map(|h| json!({
+            "unix_ms": h.unix_ms, "what": h.what, "tier": show::tier_json(h.tier), "why": h.why,
+        })).collect::<Vec<_>>(),
+    });
+    out.answer("explain", fields, || {
+        let mut text = sentence(&reply);
+        text.push_str("\n\n");
+        if let Some(p) = &reply.position {
+            text.push_str(&position_text(p));
+        }
+        if !reply.history.is_empty() {
+            let rows = reply
+                .history
+                .iter()
+                .map(|h| vec![units::moment(h.unix_ms), h.what.clone(), show::tier(h.tier).to_owned(), h.why.clone()]);
+            text.push('\n');
+            text.push_str(&table(&["when", "what", "tier", "why"], rows, &[]));
+        }
+        text
+    })?;
+    Ok(())
+}
+
+/// The server's sentence, or one made of its words.
+fn sentence(reply: &wire::ExplainReply) -> String {
+    match (reply.summary.as_str(), show::reason(reply.reason)) {
+        ("", "-") => show::status(reply.status).to_owned(),
+        ("", reason) => format!("{}: {reason}", show::status(reply.status)),
+        (summary, _) => summary.to_owned(),
+    }
+}
+
+fn position_text(p: &wire::PositionInfo) -> String {
+    let mut text = pairs([
+        ("key", key::show(&p.key)),
+        ("digest", key::hex(&p.digest)),
+        ("position", p.position.to_string()),
+        ("class", show::class(p.class).to_owned()),
+        ("leases", p.leases.to_string()),
+        ("accesses", format!("{}, the last {} ago", p.accesses, units::millis(p.idle_ms))),
+    ]);
+    let rows = p.parts.iter().map(|part| {
+        vec![
+            part.group.to_string(),
+            part.shard.to_string(),
+            units::bytes(part.bytes),
+            show::id(part.version),
+            part.tiers.iter().map(|t| show::tier(*t)).collect::<Vec<_>>().join("+"),
+        ]
+    });
+    text.push('\n');
+    text.push_str(&table(&["group", "shard", "bytes", "version", "tiers"], rows, &[0, 1, 2]));
+    text
+}

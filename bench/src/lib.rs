@@ -1,1 +1,16 @@
-//! wip
+//! `kvkeep-bench`: load, trace replay with every byte verified, the main job, and paired comparisons.
+//!
+//! The commands: [`replay`] (a workload through the real API) -> [`main_job`] (what `make run` runs: a replay with the node
+//! killed half-way) -> [`load`] (closed and open loop) -> [`grpc`] (against a bare service) -> [`matching`] (cost of match).
+//! What they stand on: [`trace`] (workloads), [`block_bytes`] and [`keys`] (bytes and names made from ids), [`measure`]
+//! (histograms, CPU, load), [`progress`], [`units`], [`node`] (starting and killing `kvkeepd`).
+//!
+//! Every JSON names its schema and version. Timings are reported, never asserted.
+
+pub mod block_bytes;
+pub mod keys;
+pub mod measure;
+pub mod progress;
+pub mod replay;
+pub mod trace;
+pub mod units;

@@ -6,6 +6,7 @@
 //! The first step is O(1); the others happen once per extent.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Bound::{Excluded, Included};
 use std::time::{Duration, Instant};
 
 use kvkeep_core::ids::TenantId;
@@ -243,7 +244,7 @@ impl State {
             .or_else(|| {
                 let largest = units + units * LARGER_SLOT_PERCENT / 100;
                 let classes = &self.domains.get(&tenant)?.classes;
-                classes.range(units + 1..=largest).find_map(|(_, c)| c.open.last().copied())
+                classes.range((Excluded(units), Included(largest))).find_map(|(_, c)| c.open.last().copied())
             })
     }
 

@@ -44,6 +44,13 @@ impl IoBuf {
         Self { ptr, len, fixed: None, owner: Arc::new(owned) }
     }
 
+    /// The same, and keeps `guard` until it is dropped: a permit, a share of a budget.
+    pub fn alloc_with(len: usize, guard: Arc<dyn Any + Send + Sync>) -> Self {
+        let owned = AlignedBox::zeroed(len);
+        let ptr = owned.ptr;
+        Self { ptr, len, fixed: None, owner: Arc::new((owned, guard)) }
+    }
+
     /// Length in bytes.
     pub fn len(&self) -> usize {
         self.len
@@ -112,6 +119,56 @@ impl IoBuf {
 impl fmt::Debug for IoBuf {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("IoBuf").field("len", &self.len).field("fixed", &self.fixed).finish_non_exhaustive()
+    }
+}
+
+/// Memory to be registered with an engine: where it is and who keeps it alive. Gives no access to the bytes, so it may
+/// overlap any number of [`IoBuf`]s.
+pub struct Region {
+    start: usize,
+    len: usize,
+    owner: Arc<dyn Any + Send + Sync>,
+}
+
+impl Region {
+    /// `len` bytes at `ptr`, which stay mapped as long as `owner` lives.
+    ///
+    /// # Safety
+    /// They do.
+    pub unsafe fn new(ptr: *mut u8, len: usize, owner: Arc<dyn Any + Send + Sync>) -> Self {
+        Self { start: ptr.expose_provenance(), len, owner }
+    }
+
+    /// Where `buf` lies.
+    pub fn of(buf: &IoBuf) -> Self {
+        Self { start: buf.ptr.expose_provenance(), len: buf.len, owner: Arc::clone(&buf.owner) }
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Where it starts.
+    pub fn as_ptr(&self) -> *mut u8 {
+        std::ptr::with_exposed_provenance_mut(self.start)
+    }
+
+    /// Whether all of `buf` lies inside.
+    pub fn contains(&self, buf: &IoBuf) -> bool {
+        let at = buf.ptr.addr();
+        self.start <= at && at + buf.len <= self.start + self.len
+    }
+}
+
+impl fmt::Debug for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Region").field("len", &self.len).field("owners", &Arc::strong_count(&self.owner)).finish()
     }
 }
 

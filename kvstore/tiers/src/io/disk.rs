@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use kvkeep_core::{Error, ErrorKind, Result};
 
-use super::buf::{IO_ALIGN, IoBuf};
+use super::buf::{IO_ALIGN, IoBuf, Region};
 
 /// Default of [`DiskOptions::queue_depth`], operations: more than a single NVMe device needs to be busy with blocks of
 /// 128 KiB, and few enough that the last one in does not wait for long.
@@ -175,7 +175,7 @@ pub trait Disk: Send + Sync + 'static {
     ///
     /// # Panics
     /// If `index` is not below [`MAX_REGISTERED_BUFFERS`].
-    fn register(&self, index: u16, region: IoBuf) -> Registration {
+    fn register(&self, index: u16, region: Region) -> Registration {
         drop((index, region));
         Registration::Unregistered
     }
@@ -222,7 +222,7 @@ impl<D: Disk + ?Sized> Disk for Arc<D> {
     fn engine(&self) -> EngineInfo {
         (**self).engine()
     }
-    fn register(&self, index: u16, region: IoBuf) -> Registration {
+    fn register(&self, index: u16, region: Region) -> Registration {
         (**self).register(index, region)
     }
     fn unregister(&self, index: u16) {

@@ -6,6 +6,7 @@ use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvkeep_core::{Error, ErrorKind, Result};
 use parking_lot::{Mutex, RwLock};
@@ -17,11 +18,22 @@ use super::disk::{FileId, Space, not_open};
 /// Longest name of a segment file, bytes.
 pub const MAX_NAME_BYTES: usize = 128;
 
+/// What the error says when the flush inside `create` or `remove` fails. Like any failed flush it poisons the device.
+pub(crate) const FLUSH_FAILED: &str = "flushing the folder or a new segment file failed";
+
 /// A file that is open, and stays so while an operation on it is in flight.
 #[derive(Debug)]
 pub(crate) struct OpenFile {
     pub(crate) id: FileId,
     pub(crate) file: File,
+    removed: AtomicBool,
+}
+
+impl OpenFile {
+    /// Whether it has lost its name, so that only operations in flight keep it.
+    pub(crate) fn is_removed(&self) -> bool {
+        self.removed.load(Ordering::Acquire)
+    }
 }
 
 #[derive(Debug, Default)]
@@ -54,7 +66,12 @@ impl Folder {
             Err(e) => Err(failed("cannot tell whether the filesystem knows O_DIRECT", e)),
         };
         std::fs::remove_file(&probe).map_err(|e| failed("cannot remove the probe file", e))?;
-        Ok(Self { path: path.to_owned(), direct: direct?, table: RwLock::default(), changes: Mutex::default() })
+        Ok(Self::with_direct(path, direct?))
+    }
+
+    /// Opens the folder, for O_DIRECT or not.
+    pub(crate) fn with_direct(path: &Path, direct: bool) -> Self {
+        Self { path: path.to_owned(), direct, table: RwLock::default(), changes: Mutex::default() }
     }
 
     /// Whether files are opened with O_DIRECT.
@@ -62,34 +79,33 @@ impl Folder {
         self.direct
     }
 
-    /// Where it is.
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
-    }
-
     pub(crate) fn create(&self, name: &str, bytes: u64) -> Result<Arc<OpenFile>> {
         check_name(name)?;
         check_size(bytes)?;
         let path = self.path.join(name);
         let _changes = self.changes.lock();
+        // Asked before, because a filesystem that runs out half-way has meanwhile refused everybody else.
+        let free = self.space()?.free;
+        if bytes > free {
+            return Err(Error::new(ErrorKind::Full, "no room for another segment file")
+                .with("bytes", bytes)
+                .with("free", free)
+                .with("file", path.display()));
+        }
         let made = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path);
         let made = made.map_err(|e| io_error("cannot create a segment file", &path, &e))?;
-        let allocated = (|| {
-            retry_interrupted(|| rustix::fs::fallocate(&made, FallocateFlags::empty(), 0, bytes))?;
-            made.sync_all()?;
-            self.sync()?;
-            open_file(&path, self.direct)
+        let made = (|| {
+            let allocated = retry_interrupted(|| rustix::fs::fallocate(&made, FallocateFlags::empty(), 0, bytes));
+            allocated.map_err(|e| io_error("cannot allocate a segment file", &path, &e).with("bytes", bytes))?;
+            made.sync_all().and_then(|()| self.sync()).map_err(|e| io_error(FLUSH_FAILED, &path, &e))?;
+            open_file(&path, self.direct).map_err(|e| io_error("cannot open a segment file", &path, &e))
         })();
-        match allocated {
-            Ok(file) => Ok(self.enter(name, file)),
-            Err(e) => {
-                // Half a segment is worth nothing; if even removing it fails, `list` shows it and the store decides.
-                if let Err(left) = std::fs::remove_file(&path).and_then(|()| self.sync()) {
-                    tracing::warn!(file = %path.display(), error = %left, "an incomplete segment file stays behind");
-                }
-                Err(io_error("cannot allocate a segment file", &path, &e).with("bytes", bytes))
+        made.map(|file| self.enter(name, file)).inspect_err(|_| {
+            // Half a segment is worth nothing; if even removing it fails, `list` shows it and the store decides.
+            if let Err(left) = std::fs::remove_file(&path).and_then(|()| self.sync()) {
+                tracing::warn!(file = %path.display(), error = %left, "an incomplete segment file stays behind");
             }
-        }
+        })
     }
 
     pub(crate) fn open_named(&self, name: &str) -> Result<(Arc<OpenFile>, u64)> {
@@ -133,18 +149,22 @@ impl Folder {
         Ok(files)
     }
 
-    pub(crate) fn remove(&self, name: &str) -> Result<()> {
+    /// Removes a file; says which id it had, if it was open.
+    pub(crate) fn remove(&self, name: &str) -> Result<Option<FileId>> {
         check_name(name)?;
         let path = self.path.join(name);
         let _changes = self.changes.lock();
         std::fs::remove_file(&path).map_err(|e| io_error("cannot remove a segment file", &path, &e))?;
-        {
+        let id = {
             let mut table = self.table.write();
-            if let Some(id) = table.by_name.remove(name) {
-                table.by_id.remove(&id);
+            let id = table.by_name.remove(name);
+            if let Some(file) = id.and_then(|id| table.by_id.remove(&id)) {
+                file.removed.store(true, Ordering::Release);
             }
-        }
-        self.sync().map_err(|e| io_error("cannot flush the folder of segment files", &self.path, &e))
+            id
+        };
+        self.sync().map_err(|e| io_error(FLUSH_FAILED, &self.path, &e))?;
+        Ok(id)
     }
 
     /// The file behind an id.
@@ -162,7 +182,7 @@ impl Folder {
         let mut table = self.table.write();
         let id = FileId::nth(table.next).expect("a disk opens far fewer than 2^32 files in its life");
         table.next += 1;
-        let file = Arc::new(OpenFile { id, file });
+        let file = Arc::new(OpenFile { id, file, removed: AtomicBool::new(false) });
         table.by_id.insert(id, Arc::clone(&file));
         table.by_name.insert(name.to_owned(), id);
         file

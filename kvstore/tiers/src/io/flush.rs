@@ -10,6 +10,7 @@
 //! been checked. Reads go on.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -18,8 +19,9 @@ use kvkeep_core::{Error, ErrorKind, Result};
 use parking_lot::Mutex;
 use tokio::sync::Mutex as Turn;
 
-use super::buf::IoBuf;
+use super::buf::{IoBuf, Region};
 use super::disk::{Disk, EngineInfo, FileId, Flush, Io, Io2, Registration, Space};
+use super::file::FLUSH_FAILED;
 
 /// A [`Disk`] whose flushes are shared and whose failures stick.
 pub struct FlushCoordinator<D: Disk> {
@@ -29,7 +31,14 @@ pub struct FlushCoordinator<D: Disk> {
 struct Shared<D> {
     disk: D,
     poisoned: AtomicBool,
-    files: Mutex<HashMap<FileId, Arc<FileState>>>,
+    files: Mutex<Files>,
+}
+
+#[derive(Default)]
+struct Files {
+    states: HashMap<FileId, Arc<FileState>>,
+    /// So that a removed file takes its state along.
+    names: HashMap<String, FileId>,
 }
 
 #[derive(Default)]
@@ -42,8 +51,8 @@ struct FileState {
 
 #[derive(Default)]
 struct Progress {
-    /// `ended` when the last flush that succeeded began.
-    covered: u64,
+    /// `ended` when the last flush that succeeded began. None yet: what a previous process wrote may need one.
+    covered: Option<u64>,
     /// A flush under way, and `ended` when it began. It stays here, not in a caller's future, so that its answer is heard
     /// even if the caller that began it goes away: the kernel tells of a lost page only once.
     running: Option<(u64, Flush)>,
@@ -63,7 +72,11 @@ impl<D: Disk> FlushCoordinator<D> {
 
 impl<D: Disk> Shared<D> {
     fn file(&self, file: FileId) -> Arc<FileState> {
-        Arc::clone(self.files.lock().entry(file).or_default())
+        Arc::clone(self.files.lock().states.entry(file).or_default())
+    }
+
+    fn enter(&self, name: &str, file: FileId) {
+        self.files.lock().names.insert(name.to_owned(), file);
     }
 
     fn check(&self) -> io::Result<()> {
@@ -80,9 +93,18 @@ impl<D: Disk> Shared<D> {
         self.check().map_err(|e| Error::new(ErrorKind::Io, "device is poisoned").with("cause", e))
     }
 
-    fn poison(&self, file: FileId, error: &io::Error) {
+    /// Making and removing files flushes too, and such a failure poisons like any other.
+    fn hear<T>(&self, changed: Result<T>) -> Result<T> {
+        changed.inspect_err(|error| {
+            if error.message() == FLUSH_FAILED {
+                self.poison(error);
+            }
+        })
+    }
+
+    fn poison(&self, error: &dyn fmt::Display) {
         if !self.poisoned.swap(true, Ordering::AcqRel) {
-            tracing::error!(%file, %error, "a flush failed: the device takes no more writes; reads go on");
+            tracing::error!(%error, "a flush failed: the device takes no more writes; reads go on");
             metrics::counter!("kvkeep_device_poisoned_total").increment(1);
         }
     }
@@ -95,7 +117,7 @@ impl<D: Disk> Shared<D> {
         loop {
             self.check()?;
             if progress.running.is_none() {
-                if progress.covered >= wanted {
+                if progress.covered.is_some_and(|covered| covered >= wanted) {
                     return Ok(());
                 }
                 progress.running = Some((state.ended.load(Ordering::Acquire), self.disk.flush(file)));
@@ -104,9 +126,9 @@ impl<D: Disk> Shared<D> {
                 let (begun, result) = (*begun, flush.await);
                 progress.running = None;
                 match result {
-                    Ok(()) => progress.covered = begun,
+                    Ok(()) => progress.covered = Some(begun),
                     Err(e) => {
-                        self.poison(file, &e);
+                        self.poison(&e);
                         return Err(e);
                     }
                 }
@@ -127,11 +149,15 @@ impl Drop for Writing {
 impl<D: Disk> Disk for FlushCoordinator<D> {
     fn create(&self, name: &str, bytes: u64) -> Result<FileId> {
         self.shared.check_kept()?;
-        self.shared.disk.create(name, bytes)
+        let file = self.shared.hear(self.shared.disk.create(name, bytes))?;
+        self.shared.enter(name, file);
+        Ok(file)
     }
 
     fn open(&self, name: &str) -> Result<(FileId, u64)> {
-        self.shared.disk.open(name)
+        let (file, bytes) = self.shared.disk.open(name)?;
+        self.shared.enter(name, file);
+        Ok((file, bytes))
     }
 
     fn list(&self) -> Result<Vec<(String, u64)>> {
@@ -140,7 +166,12 @@ impl<D: Disk> Disk for FlushCoordinator<D> {
 
     fn remove(&self, name: &str) -> Result<()> {
         self.shared.check_kept()?;
-        self.shared.disk.remove(name)
+        self.shared.hear(self.shared.disk.remove(name))?;
+        let mut files = self.shared.files.lock();
+        if let Some(file) = files.names.remove(name) {
+            files.states.remove(&file);
+        }
+        Ok(())
     }
 
     fn read(&self, file: FileId, offset: u64, buf: IoBuf) -> Io {
@@ -182,7 +213,7 @@ impl<D: Disk> Disk for FlushCoordinator<D> {
         self.shared.disk.engine()
     }
 
-    fn register(&self, index: u16, region: IoBuf) -> Registration {
+    fn register(&self, index: u16, region: Region) -> Registration {
         self.shared.disk.register(index, region)
     }
 

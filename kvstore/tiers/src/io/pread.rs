@@ -48,9 +48,13 @@ impl PreadDisk {
     /// # Errors
     /// `Config` for options out of range, `Io` if the folder is not usable or a thread does not start.
     pub fn open(path: &Path, options: DiskOptions) -> Result<Self> {
+        Self::with_folder(Folder::open(path)?, options)
+    }
+
+    pub(crate) fn with_folder(folder: Folder, options: DiskOptions) -> Result<Self> {
         options.check()?;
         let shared = Arc::new(Shared {
-            folder: Folder::open(path)?,
+            folder,
             options,
             depth: Arc::new(Semaphore::new(options.queue_depth as usize)),
             queue: Mutex::default(),
@@ -160,7 +164,7 @@ impl Disk for PreadDisk {
     }
 
     fn remove(&self, name: &str) -> Result<()> {
-        self.shared.folder.remove(name)
+        self.shared.folder.remove(name).map(|_| ())
     }
 
     fn read(&self, file: FileId, offset: u64, buf: IoBuf) -> Io {

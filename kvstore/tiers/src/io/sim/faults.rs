@@ -5,6 +5,7 @@ use std::io;
 use kvkeep_core::{Error, ErrorKind, Result};
 
 use crate::io::buf::IO_ALIGN;
+use crate::io::file::FLUSH_FAILED;
 
 /// A seeded source of chance (SplitMix64): the same seed, the same story, on every machine and in every version.
 #[derive(Clone, Debug)]
@@ -45,9 +46,9 @@ pub enum SimOp {
     Write,
     /// One flush.
     Flush,
-    /// Making a file.
+    /// Making a file; [`Fault::Error`] is a failed flush of it.
     Create,
-    /// Removing a file.
+    /// Removing a file; [`Fault::Error`] is a failed flush of the folder.
     Remove,
 }
 
@@ -123,10 +124,13 @@ pub(super) enum Attempt {
 }
 
 impl Attempt {
-    pub(super) fn into_result(self, what: &'static str) -> Result<()> {
+    /// Of making or removing a file: EIO is that of the flush inside.
+    pub(super) fn into_result(self) -> Result<()> {
         match self {
-            Self::Fails(e) if e.kind() == io::ErrorKind::StorageFull => Err(Error::new(ErrorKind::Full, what)),
-            Self::Fails(e) => Err(Error::new(ErrorKind::Io, what).with("cause", e)),
+            Self::Fails(e) if e.kind() == io::ErrorKind::StorageFull => {
+                Err(Error::new(ErrorKind::Full, "cannot allocate a segment file").with("cause", e))
+            }
+            Self::Fails(e) => Err(Error::new(ErrorKind::Io, FLUSH_FAILED).with("cause", e)),
             _ => Ok(()),
         }
     }

@@ -43,13 +43,13 @@ struct State {
     files: BTreeMap<String, SimFile>,
     faults: Faults,
     parked: Vec<Parked>,
-    held: bool,
+    held: Vec<SimOp>,
     off: bool,
 }
 
 /// An operation that the device has accepted and not yet ended.
 struct Parked {
-    op: Op,
+    op: SimOp,
     file: FileId,
     offset: u64,
     bufs: Vec<IoBuf>,
@@ -59,12 +59,6 @@ struct Parked {
     begun: u64,
     done: oneshot::Sender<(Vec<IoBuf>, io::Result<usize>)>,
     permit: OwnedSemaphorePermit,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Op {
-    Move(Direction),
-    Flush,
 }
 
 /// What happens to bytes that were written and not flushed.
@@ -96,7 +90,7 @@ impl SimDisk {
                 files,
                 faults: Faults::new(seed),
                 parked: Vec::new(),
-                held: false,
+                held: Vec::new(),
                 off: false,
             })),
         }
@@ -118,9 +112,9 @@ impl SimDisk {
         self.state.lock().faults.counts
     }
 
-    /// From now on operations are accepted and none ends, until [`SimDisk::release`].
-    pub fn hold(&self) {
-        self.state.lock().held = true;
+    /// From now on operations of these kinds are accepted and none ends, until [`SimDisk::release`].
+    pub fn hold(&self, on: &[SimOp]) {
+        self.state.lock().held = on.to_vec();
     }
 
     /// Operations that are accepted and have not ended.
@@ -131,7 +125,7 @@ impl SimDisk {
     /// Ends what was held, in a seeded order, and holds no more.
     pub fn release(&self) {
         let mut state = self.state.lock();
-        state.held = false;
+        state.held.clear();
         while !state.parked.is_empty() {
             let count = state.parked.len() as u64;
             let at = state.faults.dice.below(count) as usize;
@@ -161,7 +155,7 @@ impl SimDisk {
         state.off = true;
         self.depth.close();
         for parked in std::mem::take(&mut state.parked) {
-            if parked.op == Op::Move(Direction::Write)
+            if parked.op == SimOp::Write
                 && let Some(file) = state.file(parked.file)
             {
                 let bytes: Vec<u8> = parked.bufs.iter().flat_map(|buf| buf.as_slice().iter().copied()).collect();
@@ -230,7 +224,7 @@ impl SimDisk {
         cut(self.state.lock().files.get_mut(name).expect("the test names a file that exists"))
     }
 
-    async fn perform(self, op: Op, file: FileId, offset: u64, bufs: Vec<IoBuf>) -> (Vec<IoBuf>, io::Result<usize>) {
+    async fn perform(self, op: SimOp, file: FileId, offset: u64, bufs: Vec<IoBuf>) -> (Vec<IoBuf>, io::Result<usize>) {
         if let Err(e) = check_aligned(offset, &bufs.iter().collect::<Vec<_>>()) {
             return (bufs, Err(e));
         }
@@ -246,16 +240,16 @@ impl SimDisk {
             let ticks = state.faults.delay();
             state.parked.push(Parked { op, file, offset, bufs, ticks, begun, done, permit });
         }
-        poll_fn(|cx| self.poll_answer(&mut answer, cx)).await
+        poll_fn(|cx| self.poll_answer(op, &mut answer, cx)).await
     }
 
     /// Every poll of anyone's operation is a tick for all of them.
-    fn poll_answer<T>(&self, answer: &mut oneshot::Receiver<T>, cx: &mut Context<'_>) -> Poll<T> {
+    fn poll_answer<T>(&self, op: SimOp, answer: &mut oneshot::Receiver<T>, cx: &mut Context<'_>) -> Poll<T> {
         self.state.lock().tick();
         match Pin::new(answer).poll(cx) {
             Poll::Ready(answered) => Poll::Ready(answered.expect("the disk answers every operation it accepted")),
             Poll::Pending => {
-                if !self.state.lock().held {
+                if !self.state.lock().held.contains(&op) {
                     cx.waker().wake_by_ref();
                 }
                 Poll::Pending
@@ -277,19 +271,10 @@ impl State {
     }
 
     fn tick(&mut self) {
-        if self.held {
-            return;
-        }
-        let mut due = Vec::new();
-        let mut n = 0;
-        while n < self.parked.len() {
-            match self.parked[n].ticks {
-                0 => due.push(self.parked.remove(n)),
-                ref mut left => {
-                    *left -= 1;
-                    n += 1;
-                }
-            }
+        let Self { parked, held, .. } = self;
+        let due: Vec<Parked> = parked.extract_if(.., |p| !held.contains(&p.op) && p.ticks == 0).collect();
+        for late in parked.iter_mut().filter(|p| !held.contains(&p.op)) {
+            late.ticks -= 1;
         }
         for parked in due {
             self.serve(parked);
@@ -304,9 +289,10 @@ impl State {
             return parked.answer(Ok(len));
         };
         let result = match parked.op {
-            Op::Flush => serve_flush(file, faults, parked.begun),
-            Op::Move(Direction::Read) => serve_read(file, faults, parked.offset, &mut parked.bufs),
-            Op::Move(Direction::Write) => serve_write(file, faults, parked.offset, &parked.bufs),
+            SimOp::Flush => serve_flush(file, faults, parked.begun),
+            SimOp::Read => serve_read(file, faults, parked.offset, &mut parked.bufs),
+            SimOp::Write => serve_write(file, faults, parked.offset, &parked.bufs),
+            SimOp::Create | SimOp::Remove => unreachable!("they are not parked"),
         };
         parked.answer(result);
     }
@@ -403,7 +389,7 @@ impl Disk for SimDisk {
         if bytes > state.space().free {
             return Err(Error::new(ErrorKind::Full, "cannot allocate a segment file").with("bytes", bytes));
         }
-        state.faults.attempt(SimOp::Create, 0).into_result("cannot allocate a segment file")?;
+        state.faults.attempt(SimOp::Create, 0).into_result()?;
         let id = state.new_id();
         state.files.insert(name.to_owned(), SimFile::new(id, bytes));
         Ok(id)
@@ -430,7 +416,7 @@ impl Disk for SimDisk {
         check_name(name)?;
         let mut state = self.state.lock();
         state.check_on()?;
-        state.faults.attempt(SimOp::Remove, 0).into_result("cannot remove a segment file")?;
+        state.faults.attempt(SimOp::Remove, 0).into_result()?;
         match state.files.remove(name) {
             Some(_) => Ok(()),
             None => Err(Error::new(ErrorKind::Io, "cannot remove a segment file: no such file").with("file", name)),
@@ -438,7 +424,7 @@ impl Disk for SimDisk {
     }
 
     fn read(&self, file: FileId, offset: u64, buf: IoBuf) -> Io {
-        let performed = self.clone().perform(Op::Move(Direction::Read), file, offset, vec![buf]);
+        let performed = self.clone().perform(SimOp::Read, file, offset, vec![buf]);
         Box::pin(async move {
             let (mut bufs, result) = performed.await;
             (bufs.remove(0), result)
@@ -446,7 +432,7 @@ impl Disk for SimDisk {
     }
 
     fn write(&self, file: FileId, offset: u64, buf: IoBuf) -> Io {
-        let performed = self.clone().perform(Op::Move(Direction::Write), file, offset, vec![buf]);
+        let performed = self.clone().perform(SimOp::Write, file, offset, vec![buf]);
         Box::pin(async move {
             let (mut bufs, result) = performed.await;
             (bufs.remove(0), result)
@@ -454,7 +440,7 @@ impl Disk for SimDisk {
     }
 
     fn write2(&self, file: FileId, offset: u64, head: IoBuf, body: IoBuf) -> Io2 {
-        let performed = self.clone().perform(Op::Move(Direction::Write), file, offset, vec![head, body]);
+        let performed = self.clone().perform(SimOp::Write, file, offset, vec![head, body]);
         Box::pin(async move {
             let (mut bufs, result) = performed.await;
             let body = bufs.remove(1);
@@ -463,7 +449,7 @@ impl Disk for SimDisk {
     }
 
     fn flush(&self, file: FileId) -> Flush {
-        let performed = self.clone().perform(Op::Flush, file, 0, Vec::new());
+        let performed = self.clone().perform(SimOp::Flush, file, 0, Vec::new());
         Box::pin(async move { performed.await.1.map(|_| ()) })
     }
 

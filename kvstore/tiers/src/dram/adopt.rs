@@ -172,7 +172,7 @@ fn examine(shared: &Shared, index: u16, header: &FileHeader) -> io::Result<Exami
             let right = decode_entry(extent.entry(slot), header.nonce, unit, extent.shape.slot_bytes())
                 .filter(|(generation, meta)| (1..=GENERATION_MAX).contains(generation) && meta.tenant == header.tenant);
             let memory = right.as_ref().and_then(|(_, meta)| mapping.take(unit, slot_units(u64::from(meta.len))));
-            let (Some((generation, meta)), Some(memory)) = (right, memory) else {
+            let (Some((generation, meta)), Some(mut memory)) = (right, memory) else {
                 torn += 1;
                 extent.clear_entry(slot);
                 continue;
@@ -182,6 +182,8 @@ fn examine(shared: &Shared, index: u16, header: &FileHeader) -> io::Result<Exami
                 extent.clear_entry(slot);
                 continue;
             }
+            // No sum covers the padding, and it goes to disk with the payload.
+            memory.bytes_mut()[meta.len as usize..].fill(0);
             found.push(Found { start, slot, at: SlotAt { file: index, unit, generation }, meta, memory });
         }
     }

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::io::ErrorKind as IoErrorKind;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::thread::JoinHandle;
@@ -17,9 +18,12 @@ use super::grow::{self, FixedRegion, FolderLock, Registrar};
 use super::layout::{decode_entry, encode_entry, entry_names, slot_units};
 use super::memory::{Reading, Writing};
 use super::slot::{PinGauge, Pinned, Purpose, Reserved, SlotAt, SlotEnd};
-use super::state::State;
+use super::state::{Place, State};
 use super::usage::{self, ArenaUsage};
 use super::{ArenaConfig, NoRoom, pages, reclaim};
+
+/// How long closing waits for a file that is being made: many times what 1 GiB takes.
+const CLOSE_WAIT: Duration = Duration::from_secs(20);
 
 /// What the arena, its slots and its grower share.
 pub(super) struct Shared {
@@ -299,15 +303,23 @@ impl Arena {
         pages::page_bytes(&self.fixed_buffers())
     }
 
-    /// Reserves nothing from now on. With `remove_files` the next life finds nothing; what is pinned stays readable.
+    /// Reserves nothing from now on. With `remove_files` the next life finds nothing; what is pinned stays readable. Waits
+    /// for a file that is being made or removed just now.
     pub fn close(&self, remove_files: bool) {
         let mut state = self.shared().state.lock();
         state.closed = true;
+        self.shared().wake.notify_all();
+        while state.files.iter().any(|place| matches!(place, Place::Building)) {
+            if self.shared().settled.wait_for(&mut state, CLOSE_WAIT).timed_out() {
+                break;
+            }
+        }
         let paths: Vec<_> = if remove_files { state.all_files().map(|f| f.path.clone()).collect() } else { Vec::new() };
         drop(state);
-        self.shared().wake.notify_all();
         for path in paths {
-            if let Err(error) = std::fs::remove_file(&path) {
+            if let Err(error) = std::fs::remove_file(&path)
+                && error.kind() != IoErrorKind::NotFound
+            {
                 tracing::warn!(path = %path.display(), %error, "cannot remove an arena file");
             }
         }

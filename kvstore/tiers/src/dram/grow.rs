@@ -14,8 +14,9 @@ use kvkeep_core::{Error, ErrorKind, Result};
 
 use super::arena::Shared;
 use super::file::ArenaFile;
-use super::memory::{Mapping, effective_uid};
+use super::memory::{Mapping, UNIT_BYTES, effective_uid};
 use super::state::{GROW_RETRY, Place, SPARE_FILES, State};
+use crate::io::buf::Region;
 
 /// Name of the lock in the folder.
 const LOCK_FILE: &str = "lock";
@@ -91,6 +92,11 @@ impl FixedRegion {
         self.0.len()
     }
 
+    /// The file as an engine's table of registered buffers takes it.
+    pub fn region(&self) -> Region {
+        self.0.region()
+    }
+
     /// Never.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
@@ -146,6 +152,7 @@ fn next_job(state: &mut State, shared: &Shared) -> Option<Job> {
         match std::mem::replace(place, Place::Absent) {
             Place::Here(file) => {
                 *place = Place::Building;
+                state.metadata_bytes -= UNIT_BYTES as u64;
                 return Some(Job::Remove(file));
             }
             other => *place = other,
@@ -216,7 +223,6 @@ fn remove(shared: &Shared, file: Box<ArenaFile>) {
     let mut state = shared.state.lock();
     state.files[usize::from(index)] = Place::Absent;
     state.file_bytes -= bytes;
-    state.metadata_bytes -= super::memory::UNIT_BYTES as u64;
 }
 
 /// Makes the first file in the caller's thread, so that an arena that cannot have any does not open.

@@ -19,7 +19,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 
-use crate::io::buf::{FixedBuf, IO_ALIGN, IoBuf};
+use crate::io::buf::{FixedBuf, IO_ALIGN, IoBuf, Region};
 
 /// Bytes of a unit: what a slot is rounded to, and what O_DIRECT wants.
 pub const UNIT_BYTES: usize = IO_ALIGN;
@@ -44,6 +44,13 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
+    /// Where it is, to be registered with an engine.
+    pub(super) fn region(self: &Arc<Self>) -> Region {
+        let owner: Arc<dyn Any + Send + Sync> = Arc::<Self>::clone(self);
+        // SAFETY: mapped as long as the mapping, which `owner` holds, lives.
+        unsafe { Region::new(self.base.as_ptr(), self.len, owner) }
+    }
+
     /// Maps `file`, whose length is `len`, and has the kernel give it every page now: a page that is missing later would be a
     /// SIGBUS in the middle of a copy. With `huge`, huge pages are asked for first: pages that exist stay small.
     pub(super) fn new(

@@ -42,7 +42,7 @@ fn smallest_page(smaps: impl BufRead, starts: &HashSet<u64>) -> std::io::Result<
     let mut current: Option<Figures> = None;
     for line in smaps.lines() {
         let line = line?;
-        let Some((name, value)) = line.split_once(|c: char| c == ':' || c == '-') else { continue };
+        let Some((name, value)) = line.split_once([':', '-']) else { continue };
         if let Ok(start) = u64::from_str_radix(name, 16)
             && line.as_bytes().get(name.len()) == Some(&b'-')
         {

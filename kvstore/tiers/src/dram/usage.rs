@@ -41,8 +41,10 @@ pub struct TenantUsage {
     pub blocks: u64,
 }
 
-/// Figures of one moment, bytes unless said. `file_bytes = metadata_bytes + used_bytes + quarantined_bytes +
-/// free_slot_bytes + hole_bytes`, and the same with `capacity_bytes` and `free_bytes` in place of the last two.
+/// Figures of one moment, bytes unless said.
+///
+/// `file_bytes = building_bytes + metadata_bytes + used_bytes + quarantined_bytes + free_slot_bytes + hole_bytes`, and
+/// `capacity_bytes = metadata_bytes + used_bytes + quarantined_bytes + free_bytes`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ArenaUsage {
     /// What it may have.
@@ -51,6 +53,8 @@ pub struct ArenaUsage {
     pub files: u64,
     /// Of the files, those being made included.
     pub file_bytes: u64,
+    /// Of these, of files being made or removed.
+    pub building_bytes: u64,
     /// Of headers and slot tables.
     pub metadata_bytes: u64,
     /// Of slots reserved, published, or freed and still held.
@@ -88,6 +92,7 @@ pub(super) fn usage(shared: &Shared, now: Instant) -> ArenaUsage {
     let mut out = ArenaUsage {
         capacity_bytes: shared.config.capacity_bytes,
         file_bytes: state.file_bytes,
+        building_bytes: state.file_bytes,
         metadata_bytes: state.metadata_bytes,
         used_bytes: state.used_bytes,
         payload_bytes: state.payload_bytes,
@@ -102,6 +107,7 @@ pub(super) fn usage(shared: &Shared, now: Instant) -> ArenaUsage {
     let pressed = state.pressed.is_some_and(|window| window + 1 >= state.window);
     for file in state.all_files() {
         out.files += 1;
+        out.building_bytes -= file.bytes();
         let smallest = file.tenant.and_then(|t| state.domains.get(&t)?.classes.keys().next().copied());
         for hole in file.hole_units() {
             let bytes = u64::from(hole) * unit;

@@ -39,16 +39,19 @@ impl MemIndex {
         Self::default()
     }
 
-    /// The power fails: of the batches written since the last sync only the first `kept` are there afterwards (fewer if
-    /// there were not so many). Says how many were at stake.
-    pub fn cut(&self, kept: usize) -> usize {
+    /// The power fails: of the batches written since the last sync only the first `kept` are there afterwards.
+    pub fn cut(&self, kept: usize) {
         let mut s = self.0.lock();
         let log = std::mem::take(&mut s.log);
         for batch in log.iter().take(kept) {
             apply(&mut s.durable, batch);
         }
         s.current = s.durable.clone();
-        log.len()
+    }
+
+    /// Batches written since the last sync.
+    pub fn unsynced(&self) -> usize {
+        self.0.lock().log.len()
     }
 
     /// Makes the next call of that kind fail.

@@ -16,7 +16,7 @@ use super::entry::{Heat, IndexEntry, index_key};
 use super::header::{Header, PAGE_BYTES, Shape};
 use super::place::{Extent, SegmentNo, Sequence, UNIT_BYTES};
 use super::shared::{PUTS_MAX, Shared};
-use super::writer::{BlockCopy, Op, Writer};
+use super::writer::{BlockCopy, Inserted, Op, Writer};
 use crate::io::IoBuf;
 
 /// One NVMe device: blocks in segment files, found through an index. Clones are the same store.
@@ -29,7 +29,7 @@ use crate::io::IoBuf;
 /// class  device flush -> index update -> log sync -> acknowledged
 /// ```
 /// A put that has begun runs to its end, whatever becomes of its caller. A put of a block that is here already supersedes
-/// it: the index has one copy of a block, and the old one's extent is freed as above.
+/// it, at the higher class of the two: the index has one copy of a block, and the old one's extent is freed as above.
 ///
 /// Needs a tokio runtime around its async calls.
 #[derive(Clone)]
@@ -137,16 +137,25 @@ impl NvmeStore {
                 .with("unit", extent.unit)
                 .with("cause", e));
         }
-        if durable && shared.config.sync_plan.runs(SyncPoint::PutFlush) {
-            self.flush_segment(extent.segment).await?;
-        }
-        let place = entry.place;
-        let entry = Box::new(entry);
-        match self.writer.ask(|done| Op::Insert { entry, durable, done }).await {
-            Ok(()) => Ok(place),
+        match self.insert(extent, &entry, durable).await {
+            Ok(()) => Ok(entry.place),
             // On a poisoned device it is unknown whether the entry is there: the extent stays taken.
             Err(e) if shared.is_poisoned() => Err(e),
             Err(e) => Err(self.give_back(extent, e)),
+        }
+    }
+
+    async fn insert(&self, extent: Extent, entry: &IndexEntry, mut durable: bool) -> Result<()> {
+        loop {
+            if durable && self.shared.config.sync_plan.runs(SyncPoint::PutFlush) {
+                self.flush_segment(extent.segment).await?;
+            }
+            let entry = Box::new(entry.clone());
+            match self.writer.ask(|done| Op::Insert { entry, durable, done }).await? {
+                Inserted::Yes => return Ok(()),
+                // What was promised of the copy that it supersedes holds for this one.
+                Inserted::FlushFirst => durable = true,
+            }
         }
     }
 

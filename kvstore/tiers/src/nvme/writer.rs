@@ -38,12 +38,21 @@ pub struct BlockCopy {
     pub place: NvmePlace,
 }
 
+/// What became of an insert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Inserted {
+    /// The index names the new copy.
+    Yes,
+    /// Nothing was done: it would take the place of a durable copy, so it must be flushed first.
+    FlushFirst,
+}
+
 /// A change of the index.
 pub(crate) enum Op {
     Insert {
         entry: Box<IndexEntry>,
         durable: bool,
-        done: Done<()>,
+        done: Done<Inserted>,
     },
     Free {
         copies: Vec<BlockCopy>,
@@ -277,13 +286,17 @@ impl<'a> Group<'a> {
         Ok(changed)
     }
 
-    fn insert(&mut self, entry: IndexEntry, durable: bool) -> Result<()> {
+    fn insert(&mut self, mut entry: IndexEntry, durable: bool) -> Result<Inserted> {
         if let Some(old) = self.entry(entry.handle, entry.id)?
             && old.place != entry.place
         {
+            if old.class == Class::Durable && !durable {
+                return Ok(Inserted::FlushFirst);
+            }
+            entry.class = entry.class.max(old.class);
             // The old copy must be gone for good before its extent is written again.
-            self.written.push(Effect::Gone(old.clone()));
             self.synced.push(Effect::Release(old.extent()));
+            self.written.push(Effect::Gone(old));
             self.sync_for(SyncPoint::SupersedeSync);
         }
         if durable {
@@ -291,7 +304,7 @@ impl<'a> Group<'a> {
         }
         self.put(&entry);
         self.written.push(Effect::Added(entry));
-        Ok(())
+        Ok(Inserted::Yes)
     }
 
     fn free(&mut self, entry: IndexEntry) -> bool {

@@ -1,0 +1,14 @@
+//! The NVMe store from outside: against a model over an unkind disk, against real files and RocksDB, and fault by fault.
+//!
+//! `harness`: blocks and rigs. Then one subject per file.
+
+mod faults;
+mod golden;
+mod harness;
+mod indexes;
+mod model;
+mod opening;
+mod reads;
+mod real;
+mod room;
+mod syncs;

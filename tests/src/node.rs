@@ -1,0 +1,377 @@
+//! A real `kvkeepd`, its folders, and what can happen to it.
+
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::io::{BufRead as _, BufReader};
+use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use kvkeep_client::{Client, ClientConfig};
+use tempfile::TempDir;
+
+/// A server that is not ready by then has failed.
+const READY_MAX: Duration = Duration::from_secs(60);
+/// A server that has not stopped by then has failed.
+const STOP_MAX: Duration = Duration::from_secs(60);
+/// Lines of a server's log shown with a failure.
+const LOG_LINES: usize = 40;
+
+/// How a node is set up. [`Options::default`] is small and quick.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Bytes of the arena.
+    pub arena_bytes: u64,
+    /// Bytes of the NVMe store.
+    pub nvme_bytes: u64,
+    /// Use `pread/pwrite` where io_uring would work.
+    pub no_io_uring: bool,
+    /// Lines of `tenant token [admin]`; none: everybody is the tenant `default`.
+    pub tokens: Vec<String>,
+    /// More of the `[limits]` table, in TOML.
+    pub limits: String,
+    /// More of the `[nvme]` table, in TOML.
+    pub nvme: String,
+    /// More of the environment.
+    pub environment: Vec<(String, String)>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            arena_bytes: 128 << 20,
+            nvme_bytes: 256 << 20,
+            no_io_uring: false,
+            tokens: Vec::new(),
+            limits: String::new(),
+            nvme: String::new(),
+            environment: Vec::new(),
+        }
+    }
+}
+
+/// A node, running or not. Its folders live as long as this does; a server that still runs then is killed.
+pub struct Node {
+    options: Options,
+    /// Holds everything but the arena; on a disk.
+    folder: TempDir,
+    /// On tmpfs where there is one.
+    memory: TempDir,
+    child: Option<Child>,
+    address: Option<SocketAddr>,
+    lives: u32,
+}
+
+/// The built binary `name`.
+///
+/// # Panics
+/// If it was not built.
+pub fn binary(name: &str) -> PathBuf {
+    let path = profile_folder().join(name);
+    assert!(path.is_file(), "{} is missing: run `cargo build -p kvkeep-node` (or `make test`) first", path.display());
+    path
+}
+
+/// `target/<profile>`.
+fn profile_folder() -> PathBuf {
+    let test = std::env::current_exe().expect("a test knows its own path");
+    let folder = test.parent().and_then(Path::parent).expect("a test lies in target/<profile>/deps");
+    folder.to_owned()
+}
+
+/// A fresh folder on a disk: beside the build, because `/tmp` may be memory.
+///
+/// # Panics
+/// If it cannot be made.
+pub fn disk_folder() -> TempDir {
+    let tests = profile_folder().join("../tmp");
+    fs::create_dir_all(&tests).expect("target/tmp can be made");
+    let tests = fs::canonicalize(tests).expect("target/tmp is there");
+    tempfile::Builder::new().prefix("kvkeep-").tempdir_in(tests).expect("a folder can be made in target/tmp")
+}
+
+impl Node {
+    /// A node with fresh folders, not started.
+    ///
+    /// # Panics
+    /// If the folders cannot be made.
+    pub fn new(options: Options) -> Self {
+        let shm = Path::new("/dev/shm");
+        let folder = disk_folder();
+        let memory = match shm.is_dir() {
+            true => tempfile::Builder::new().prefix("kvkeep-test-").tempdir_in(shm),
+            false => tempfile::tempdir_in(folder.path()),
+        };
+        Self {
+            options,
+            memory: memory.expect("a folder for the arena can be made"),
+            folder,
+            child: None,
+            address: None,
+            lives: 0,
+        }
+    }
+
+    /// A node with fresh folders, running.
+    ///
+    /// # Panics
+    /// If it does not start.
+    pub fn start(options: Options) -> Self {
+        let mut node = Self::new(options);
+        node.restart();
+        node
+    }
+
+    /// Everything that must survive a restart.
+    pub fn data_dir(&self) -> PathBuf {
+        self.folder.path().join("data")
+    }
+
+    /// Segment files.
+    pub fn segments_dir(&self) -> PathBuf {
+        self.data_dir().join("segments")
+    }
+
+    /// RocksDB.
+    pub fn index_dir(&self) -> PathBuf {
+        self.data_dir().join("index")
+    }
+
+    /// Where arena files lie, in a folder of their own.
+    pub fn arena_dir(&self) -> &Path {
+        self.memory.path()
+    }
+
+    /// A path beside the data folder, on its file system.
+    pub fn beside(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// The setup.
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// The setup, to be changed before the next start.
+    pub fn options_mut(&mut self) -> &mut Options {
+        &mut self.options
+    }
+
+    /// `host:port`.
+    ///
+    /// # Panics
+    /// If the server does not run.
+    pub fn endpoint(&self) -> String {
+        self.address.expect("the server runs").to_string()
+    }
+
+    /// A client with defaults.
+    ///
+    /// # Panics
+    /// If it cannot connect.
+    pub async fn client(&self) -> Client {
+        self.client_with(|_| {}).await
+    }
+
+    /// A client, its configuration changed by `change`.
+    ///
+    /// # Panics
+    /// If it cannot connect.
+    pub async fn client_with(&self, change: impl FnOnce(&mut ClientConfig)) -> Client {
+        let mut config = ClientConfig::to(self.endpoint());
+        change(&mut config);
+        Client::connect(config).await.unwrap_or_else(|e| panic!("cannot connect: {e}\n{}", self.log()))
+    }
+
+    /// The command that starts it, without its output.
+    fn command(&self) -> Command {
+        let config = self.write_config();
+        let mut command = Command::new(binary("kvkeepd"));
+        command.arg("--config").arg(config);
+        command.arg("--data-dir").arg(self.data_dir());
+        command.arg("--arena-dir").arg(self.memory.path());
+        command.args(["--listen", "127.0.0.1:0"]);
+        command.arg("--arena-bytes").arg(self.options.arena_bytes.to_string());
+        command.arg("--nvme-bytes").arg(self.options.nvme_bytes.to_string());
+        command.args(["--keep-free-bytes", "0"]);
+        command.args(self.options.no_io_uring.then_some("--no-io-uring"));
+        // Nothing of the caller's environment may change a test.
+        for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("KVKEEP_")) {
+            command.env_remove(name);
+        }
+        command.env("KVKEEP_LOG", "info").env("RUST_BACKTRACE", "1");
+        command.envs(self.options.environment.iter().map(|(k, v)| (k, v)));
+        command
+    }
+
+    fn write_config(&self) -> PathBuf {
+        let mut text = String::new();
+        if !self.options.tokens.is_empty() {
+            let tokens = self.beside("tokens");
+            fs::write(&tokens, self.options.tokens.join("\n")).expect("the tokens file can be written");
+            fs::set_permissions(&tokens, fs::Permissions::from_mode(0o600)).expect("its mode can be set");
+            let _ = writeln!(text, "[auth]\ntokens_file = {:?}", tokens.display().to_string());
+        }
+        let _ = writeln!(text, "[nvme]\n{}\n[limits]\n{}", self.options.nvme, self.options.limits);
+        let path = self.beside("config.toml");
+        fs::write(&path, text).expect("the configuration can be written");
+        path
+    }
+
+    /// Starts the server, and waits until it is ready.
+    ///
+    /// # Panics
+    /// If it runs already, or does not become ready.
+    pub fn restart(&mut self) {
+        self.try_restart().unwrap_or_else(|why| panic!("{why}"));
+    }
+
+    /// Starts the server and waits until it is ready, or says why it did not become so.
+    ///
+    /// # Errors
+    /// How it ended, and the end of its log.
+    ///
+    /// # Panics
+    /// If it runs already.
+    pub fn try_restart(&mut self) -> Result<(), String> {
+        assert!(self.child.is_none(), "the server runs already");
+        self.lives += 1;
+        let log = File::create(self.log_path()).expect("the log can be made");
+        let mut child =
+            self.command().stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).spawn().expect("kvkeepd can be run");
+        let stdout = child.stdout.take().expect("stdout is a pipe");
+        let (told, ready) = mpsc::channel();
+        std::thread::spawn(move || {
+            // Reads to the end, so that the server never waits for us.
+            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                if let Some(address) = line.strip_prefix("kvkeepd ready listen=") {
+                    let _ = told.send(address.parse::<SocketAddr>().expect("the server names its address"));
+                }
+            }
+        });
+        match ready.recv_timeout(READY_MAX) {
+            Ok(address) => {
+                self.child = Some(child);
+                self.address = Some(address);
+                Ok(())
+            }
+            Err(why) => {
+                let _ = child.kill(); // it may have ended by itself
+                let status = child.wait().expect("a child can be waited for");
+                Err(format!("kvkeepd did not become ready ({why}), {status}\n{}", self.log()))
+            }
+        }
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.beside(&format!("kvkeepd-{}.log", self.lives))
+    }
+
+    /// The end of the server's log, of its last life.
+    pub fn log(&self) -> String {
+        let text = fs::read_to_string(self.log_path()).unwrap_or_default();
+        let lines: Vec<_> = text.lines().collect();
+        let tail = &lines[lines.len().saturating_sub(LOG_LINES)..];
+        format!("--- end of kvkeepd's log ---\n{}\n---", tail.join("\n"))
+    }
+
+    fn signal(&self, signal: i32) {
+        let child = self.child.as_ref().expect("the server runs");
+        let pid = i32::try_from(child.id()).expect("a process id is an i32");
+        // SAFETY: kill(2) takes numbers only; the child was not waited for, so the id is still its own.
+        assert_eq!(unsafe { libc::kill(pid, signal) }, 0, "the server can be signalled");
+    }
+
+    /// SIGKILL, and waits until it is gone.
+    ///
+    /// # Panics
+    /// If it does not run.
+    pub fn kill(&mut self) {
+        let mut child = self.child.take().expect("the server runs");
+        self.address = None;
+        child.kill().expect("the server can be killed");
+        child.wait().expect("a child can be waited for");
+    }
+
+    /// SIGTERM, and waits until it has stopped by itself.
+    ///
+    /// # Panics
+    /// If it does not run, or does not stop with success.
+    pub fn terminate(&mut self) {
+        self.signal(libc::SIGTERM);
+        let mut child = self.child.take().expect("the server runs");
+        self.address = None;
+        let since = Instant::now();
+        let status: ExitStatus = loop {
+            if let Some(status) = child.try_wait().expect("a child can be waited for") {
+                break status;
+            }
+            if since.elapsed() > STOP_MAX {
+                let _ = child.kill();
+                let _ = child.wait();
+                panic!("kvkeepd did not stop\n{}", self.log());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        assert!(status.success(), "kvkeepd stopped with {status}\n{}", self.log());
+    }
+
+    /// SIGSTOP.
+    ///
+    /// # Panics
+    /// If it does not run.
+    pub fn pause(&self) {
+        self.signal(libc::SIGSTOP);
+    }
+
+    /// SIGCONT.
+    ///
+    /// # Panics
+    /// If it does not run.
+    pub fn resume(&self) {
+        self.signal(libc::SIGCONT);
+    }
+
+    /// A second server on the same folders: answers how it ended and what it said.
+    ///
+    /// # Panics
+    /// If it does not end.
+    pub fn second(&self, more: &[&str]) -> (ExitStatus, String) {
+        run_to_end(self.command().args(more))
+    }
+}
+
+/// Runs a server that is expected to refuse: answers how it ended and what it said.
+///
+/// # Panics
+/// If it becomes ready.
+pub fn run_to_end(command: &mut Command) -> (ExitStatus, String) {
+    let mut child =
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("kvkeepd can be run");
+    let since = Instant::now();
+    while child.try_wait().expect("a child can be waited for").is_none() {
+        if since.elapsed() > READY_MAX {
+            let _ = child.kill();
+            let _ = child.wait();
+            panic!("kvkeepd was to refuse and runs");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let output = child.wait_with_output().expect("its output can be read");
+    (output.status, String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        if std::thread::panicking() {
+            eprintln!("{}", self.log());
+        }
+    }
+}

@@ -277,7 +277,9 @@ impl Config {
     /// Reads a TOML file. An unknown field is an error: a misspelt limit must not be ignored.
     pub fn from_file(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(|e| {
-            Error::new(ErrorKind::Config, "the configuration file cannot be read").with("path", path.display()).with("cause", e)
+            Error::new(ErrorKind::Config, "the configuration file cannot be read")
+                .with("path", path.display())
+                .with("cause", e)
         })?;
         Self::from_toml(&text).map_err(|e| e.with("path", path.display()))
     }
@@ -285,7 +287,8 @@ impl Config {
     /// Parses TOML text.
     pub fn from_toml(text: &str) -> Result<Self> {
         toml::from_str(text).map_err(|e| {
-            Error::new(ErrorKind::Config, "the configuration does not parse").with("cause", e.to_string().replace('\n', " "))
+            Error::new(ErrorKind::Config, "the configuration does not parse")
+                .with("cause", e.to_string().replace('\n', " "))
         })
     }
 
@@ -309,11 +312,16 @@ impl Config {
         if !self.nvme.off && self.nvme.bytes.0 == 0 {
             let free = machine::disk_free(&self.data_dir)?.0.saturating_sub(self.nvme.keep_free_bytes.0);
             // What an earlier run preallocated is ours again.
-            let ours = machine::folder_bytes(&self.data_dir.join("segments"));
+            let ours = machine::folder_bytes(&self.data_dir.join("nvme").join("segments"));
             self.nvme.bytes = ByteSize(((free + ours) / 2).min(NVME_BYTES_DEFAULT_MAX) / (1 << 20) * (1 << 20));
         }
+        // A file of the arena holds the largest block, and an arena of a few files serves a few tenants.
+        self.limits.block_bytes_max =
+            ByteSize(self.limits.block_bytes_max.0.min((self.arena.bytes.0 / 8).max(1 << 20)));
+        self.limits.reserve_bytes_max = ByteSize(self.limits.reserve_bytes_max.0.min(self.limits.reserved_bytes_max.0));
         // Segments are whole: a small store has smaller ones, so that freeing and filling one never takes all of it.
-        self.nvme.segment_bytes = ByteSize(self.nvme.segment_bytes.0.min((self.nvme.bytes.0 / 4).next_multiple_of(1 << 20)).max(16 << 20));
+        self.nvme.segment_bytes =
+            ByteSize(self.nvme.segment_bytes.0.min((self.nvme.bytes.0 / 4).next_multiple_of(1 << 20)).max(16 << 20));
         // One lease may not be longer than a lease may live, and so on: the relations are checked, not bent.
         self.check()?;
         Ok(self)
@@ -336,20 +344,25 @@ impl Config {
                 .with("arena.high_watermark_percent", high));
         }
         if self.arena.dirty_bytes_max.0 > self.arena.bytes.0 {
-            return Err(bad("arena.dirty_bytes_max is at most arena.bytes").with("arena.dirty_bytes_max", self.arena.dirty_bytes_max));
+            return Err(bad("arena.dirty_bytes_max is at most arena.bytes")
+                .with("arena.dirty_bytes_max", self.arena.dirty_bytes_max));
         }
         if !self.nvme.off {
             if self.nvme.bytes.0 < NVME_BYTES_MIN {
-                return Err(bad("nvme.bytes is at least 64MiB; free disk space, lower nvme.keep_free_bytes, or set nvme.off")
-                    .with("nvme.bytes", self.nvme.bytes)
-                    .with("nvme.keep_free_bytes", self.nvme.keep_free_bytes));
+                return Err(bad(
+                    "nvme.bytes is at least 64MiB; free disk space, lower nvme.keep_free_bytes, or set nvme.off",
+                )
+                .with("nvme.bytes", self.nvme.bytes)
+                .with("nvme.keep_free_bytes", self.nvme.keep_free_bytes));
             }
             if self.nvme.queue_depth_max == 0 || self.nvme.queue_depth_max > 4096 || self.nvme.write_behind_depth == 0 {
                 return Err(bad("nvme.queue_depth_max is 1 to 4096 and nvme.write_behind_depth at least 1"));
             }
         }
         if l.block_bytes_max.0 > BLOCK_BYTES_MAX || l.block_bytes_max.0 < 1024 {
-            return Err(bad("limits.block_bytes_max is 1KiB to 128MiB").with("limits.block_bytes_max", l.block_bytes_max));
+            return Err(
+                bad("limits.block_bytes_max is 1KiB to 128MiB").with("limits.block_bytes_max", l.block_bytes_max)
+            );
         }
         if l.reserve_bytes_max.0 < l.block_bytes_max.0.min(self.arena.bytes.0 / 4) {
             return Err(bad("limits.reserve_bytes_max holds at least one block")
@@ -381,7 +394,10 @@ impl Config {
                 return Err(bad("a limit is at least 1 and has an upper end").with(name, value).with("max", max));
             }
         }
-        if l.lease_ttl_ms_default > l.lease_ttl_ms_max || l.lease_ttl_ms_max > l.lease_life_ms_max || l.lease_ttl_ms_default == 0 {
+        if l.lease_ttl_ms_default > l.lease_ttl_ms_max
+            || l.lease_ttl_ms_max > l.lease_life_ms_max
+            || l.lease_ttl_ms_default == 0
+        {
             return Err(bad("lease terms are 0 < lease_ttl_ms_default <= lease_ttl_ms_max <= lease_life_ms_max")
                 .with("limits.lease_ttl_ms_default", l.lease_ttl_ms_default)
                 .with("limits.lease_ttl_ms_max", l.lease_ttl_ms_max)
@@ -404,7 +420,8 @@ impl Config {
         if let Some(m) = l.metrics
             && !m.ip().is_loopback()
         {
-            return Err(bad("listen.metrics has no authentication: loopback only; put a proxy in front").with("listen.metrics", m));
+            return Err(bad("listen.metrics has no authentication: loopback only; put a proxy in front")
+                .with("listen.metrics", m));
         }
         let guarded = l.tls_cert.is_some() && self.auth.tokens_file.is_some();
         if !l.grpc.ip().is_loopback() && !guarded && !l.insecure_off_loopback {

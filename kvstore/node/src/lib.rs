@@ -1,1 +1,18 @@
-//! wip
+//! `kvkeepd`: one storage node of KVKeep.
+//!
+//! Read in this order: [`config`] -> [`store`] (the walk of a block through the tiers) -> [`service`] (the verbs on the
+//! wire) -> [`server`] (listeners, drain). [`connection`] knows who is there, [`auth`] who is who, [`counters`] what is
+//! counted.
+
+pub mod auth;
+pub mod catalogue_file;
+pub mod cli;
+pub mod config;
+pub mod connection;
+pub mod counters;
+pub mod listener;
+pub mod machine;
+pub mod server;
+pub mod service;
+pub mod size;
+pub mod store;

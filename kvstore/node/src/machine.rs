@@ -44,6 +44,8 @@ pub fn disk_free(path: &Path) -> Result<ByteSize> {
 /// Sum of the sizes of the files in a folder; 0 where it is not there.
 pub fn folder_bytes(path: &Path) -> u64 {
     fs::read_dir(path)
-        .map(|entries| entries.filter_map(|e| e.ok()?.metadata().ok()).filter(fs::Metadata::is_file).map(|m| m.len()).sum())
+        .map(|entries| {
+            entries.filter_map(|e| e.ok()?.metadata().ok()).filter(fs::Metadata::is_file).map(|m| m.len()).sum()
+        })
         .unwrap_or(0)
 }

@@ -96,7 +96,8 @@ mod tests {
 
     #[test]
     fn sizes_are_read_as_people_write_them() {
-        for (text, bytes) in [("64MiB", 64 << 20), ("4 GiB", 4 << 30), ("1500", 1500), ("2GB", 2_000_000_000), ("0", 0)] {
+        for (text, bytes) in [("64MiB", 64 << 20), ("4 GiB", 4 << 30), ("1500", 1500), ("2GB", 2_000_000_000), ("0", 0)]
+        {
             assert_eq!(text.parse::<ByteSize>().unwrap().0, bytes, "{text}");
         }
         for text in ["", "GiB", "-1", "1.5GiB", "99999999999TiB", "4 G", "é"] {

@@ -1,0 +1,223 @@
+//! The command line of `kvkeepd`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::{Args, Parser, Subcommand};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{Config, PolicyClock};
+use crate::server;
+use crate::size::ByteSize;
+use crate::store::Store;
+
+/// One storage node of KVKeep, the store for attention KV.
+///
+/// With no configuration it is a complete single node on loopback with safe defaults, printed at start.
+#[derive(Debug, Parser)]
+#[command(name = "kvkeepd", version)]
+struct Cli {
+    #[command(flatten)]
+    flags: Flags,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Look at the configuration without starting.
+    Config {
+        #[command(subcommand)]
+        what: ConfigCommand,
+    },
+}
+
+#[derive(Clone, Copy, Debug, Subcommand)]
+enum ConfigCommand {
+    /// Check it; prints what is wrong and exits with 1.
+    Check,
+    /// Print it as TOML, defaults and choices for this machine filled in.
+    Show,
+}
+
+/// Flags win over the environment, the environment over the file, the file over the defaults.
+#[derive(Debug, Args)]
+struct Flags {
+    /// Configuration file (TOML).
+    #[arg(long, env = "KVKEEP_CONFIG", global = true)]
+    config: Option<PathBuf>,
+    /// Everything that must survive a restart [default: ./kvkeep-data].
+    #[arg(long, env = "KVKEEP_DATA_DIR", global = true)]
+    data_dir: Option<PathBuf>,
+    /// gRPC over TCP [default: 127.0.0.1:7070]; port 0 picks one.
+    #[arg(long, env = "KVKEEP_LISTEN", global = true)]
+    listen: Option<SocketAddr>,
+    /// gRPC over a Unix socket at this path.
+    #[arg(long, env = "KVKEEP_UNIX_SOCKET", global = true)]
+    unix_socket: Option<PathBuf>,
+    /// Prometheus metrics over HTTP, loopback only.
+    #[arg(long, env = "KVKEEP_METRICS_LISTEN", global = true)]
+    metrics_listen: Option<SocketAddr>,
+    /// Name of this node.
+    #[arg(long, env = "KVKEEP_NODE_NAME", global = true)]
+    node_name: Option<String>,
+    /// DRAM for blocks [default: 25 % of what is available].
+    #[arg(long, env = "KVKEEP_ARENA_BYTES", global = true)]
+    arena_bytes: Option<ByteSize>,
+    /// Folder on tmpfs for the arena [default: /dev/shm].
+    #[arg(long, env = "KVKEEP_ARENA_DIR", global = true)]
+    arena_dir: Option<PathBuf>,
+    /// NVMe for blocks [default: half of what is free beyond the keep-free floor, at most 64GiB].
+    #[arg(long, env = "KVKEEP_NVME_BYTES", global = true)]
+    nvme_bytes: Option<ByteSize>,
+    /// Never fill the file system beyond this [default: 4GiB].
+    #[arg(long, env = "KVKEEP_KEEP_FREE_BYTES", global = true)]
+    keep_free_bytes: Option<ByteSize>,
+    /// No L3: nothing survives a stop.
+    #[arg(long, env = "KVKEEP_NO_NVME", global = true)]
+    no_nvme: bool,
+    /// Use pread/pwrite even where io_uring works.
+    #[arg(long, env = "KVKEEP_NO_IO_URING", global = true)]
+    no_io_uring: bool,
+    /// Where the policy's clock comes from.
+    #[arg(long, env = "KVKEEP_POLICY_CLOCK", global = true, value_enum)]
+    policy_clock: Option<PolicyClock>,
+    /// File of `tenant token [admin]` lines, mode 0600.
+    #[arg(long, env = "KVKEEP_TOKENS_FILE", global = true)]
+    tokens_file: Option<PathBuf>,
+    /// TLS certificate chain (PEM).
+    #[arg(long, env = "KVKEEP_TLS_CERT", global = true)]
+    tls_cert: Option<PathBuf>,
+    /// TLS private key (PEM, mode 0600).
+    #[arg(long, env = "KVKEEP_TLS_KEY", global = true)]
+    tls_key: Option<PathBuf>,
+    /// Serve beyond loopback without TLS or tokens.
+    #[arg(long, env = "KVKEEP_INSECURE_OFF_LOOPBACK", global = true)]
+    insecure_off_loopback: bool,
+}
+
+impl Flags {
+    fn config(self) -> kvkeep_core::Result<Config> {
+        let mut c = match &self.config {
+            Some(path) => Config::from_file(path)?,
+            None => Config::default(),
+        };
+        macro_rules! set {
+            ($($flag:ident => $($field:ident).+),+ $(,)?) => {
+                $(if let Some(value) = self.$flag { c.$($field).+ = value; })+
+            };
+        }
+        set!(
+            data_dir => data_dir,
+            listen => listen.grpc,
+            unix_socket => listen.unix,
+            node_name => node_name,
+            arena_bytes => arena.bytes,
+            arena_dir => arena.dir,
+            nvme_bytes => nvme.bytes,
+            keep_free_bytes => nvme.keep_free_bytes,
+            policy_clock => policy_clock,
+        );
+        c.listen.metrics = self.metrics_listen.or(c.listen.metrics);
+        c.auth.tokens_file = self.tokens_file.or(c.auth.tokens_file);
+        c.listen.tls_cert = self.tls_cert.or(c.listen.tls_cert);
+        c.listen.tls_key = self.tls_key.or(c.listen.tls_key);
+        c.nvme.off |= self.no_nvme;
+        c.nvme.no_io_uring |= self.no_io_uring;
+        c.listen.insecure_off_loopback |= self.insecure_off_loopback;
+        c.resolve()
+    }
+}
+
+/// Parses, runs, reports.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let run = match cli.command {
+        Some(Command::Config { what }) => look(cli.flags, what),
+        None => cli.flags.config().map_err(anyhow::Error::from).and_then(start),
+    };
+    match run {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("kvkeepd: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn look(flags: Flags, what: ConfigCommand) -> anyhow::Result<()> {
+    let config = flags.config()?;
+    match what {
+        ConfigCommand::Check => println!("the configuration is good"),
+        ConfigCommand::Show => print!("{}", config.to_toml()),
+    }
+    Ok(())
+}
+
+fn start(config: Config) -> anyhow::Result<()> {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("KVKEEP_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    if let Some(address) = config.listen.metrics {
+        metrics_exporter_prometheus::PrometheusBuilder::new()
+            .with_http_listener(address)
+            .install()
+            .with_context(|| format!("cannot serve metrics on {address}"))?;
+    }
+    if !config.listen.grpc.ip().is_loopback() && config.listen.insecure_off_loopback {
+        tracing::warn!(listen = %config.listen.grpc, "serving beyond loopback without TLS or tokens, as told");
+    }
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
+    runtime.block_on(serve(config))
+}
+
+async fn serve(config: Config) -> anyhow::Result<()> {
+    let stop = CancellationToken::new();
+    stop_on_signals(stop.clone())?;
+    tracing::info!(
+        data_dir = %config.data_dir.display(),
+        arena = %config.arena.bytes,
+        nvme = %if config.nvme.off { "off".to_string() } else { config.nvme.bytes.to_string() },
+        keep_free = %config.nvme.keep_free_bytes,
+        tls = config.listen.tls_cert.is_some(),
+        tokens = config.auth.tokens_file.is_some(),
+        "starting"
+    );
+    // The index is read and old arena files are verified on this thread; nobody is served yet.
+    let (store, background) = tokio::task::spawn_blocking(move || Store::open(config)).await??;
+    store.start(background);
+    let bound = server::bind(std::sync::Arc::clone(&store)).await?;
+    let report = &store.report;
+    tracing::info!(
+        io = %report.io_engine,
+        arena_page_bytes = report.arena_page_bytes,
+        index_entries = report.index_entries,
+        adopted_slots = report.adopted_slots,
+        "open"
+    );
+    report.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+    // Scripts wait for this line.
+    println!("kvkeepd ready listen={}", bound.address()?);
+    let served = bound.serve(stop).await;
+    tracing::info!("draining");
+    store.close().await;
+    tracing::info!("stopped");
+    served
+}
+
+fn stop_on_signals(stop: CancellationToken) -> anyhow::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut term = signal(SignalKind::terminate()).context("SIGTERM")?;
+    let mut int = signal(SignalKind::interrupt()).context("SIGINT")?;
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = int.recv() => {}
+        }
+        stop.cancel();
+    });
+    Ok(())
+}

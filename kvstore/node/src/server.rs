@@ -1,0 +1,166 @@
+//! Listeners and the life of a server: bind, serve, drain.
+
+use std::fs;
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt as _;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use kvkeep_proto::v1;
+use kvkeep_proto::v1::admin_server::AdminServer;
+use kvkeep_proto::v1::blocks_server::BlocksServer;
+use tokio::net::{TcpListener, UnixListener};
+use tokio_util::sync::CancellationToken;
+use tonic::transport::server::Router;
+use tonic::transport::{Identity, Server, ServerTlsConfig};
+
+use crate::config::Config;
+use crate::listener;
+use crate::service::admin::Admin;
+use crate::service::blocks::Blocks;
+use crate::store::Store;
+
+/// HTTP/2 flow-control window of one stream, bytes: a block in flight must not wait for updates.
+const STREAM_WINDOW_BYTES: u32 = 16 << 20;
+/// HTTP/2 flow-control window of a connection, bytes.
+const CONNECTION_WINDOW_BYTES: u32 = 64 << 20;
+/// Largest HTTP/2 frame this end takes, bytes. gRPC's default of 16 KiB costs a system call and a wake-up each.
+const FRAME_BYTES_MAX: u32 = 1 << 20;
+/// Largest message beside the data of a chunk: keys, sums, answers of one batch.
+const MESSAGE_OVERHEAD_BYTES: usize = 16 << 20;
+/// Calls at a time on one connection.
+const STREAMS_PER_CONNECTION_MAX: u32 = 256;
+/// A silent peer is asked for a sign of life.
+const KEEPALIVE_EVERY: Duration = Duration::from_secs(10);
+/// ... and given up after so long.
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Calls in flight may take so long to end at a stop.
+const DRAIN_MAX: Duration = Duration::from_secs(10);
+
+/// A server whose ports are bound.
+pub struct Bound {
+    store: Arc<Store>,
+    tcp: TcpListener,
+    unix: Option<UnixListener>,
+    health: tonic_health::server::HealthReporter,
+    routers: Vec<Router>,
+}
+
+/// Binds every listener of the configuration.
+pub async fn bind(store: Arc<Store>) -> anyhow::Result<Bound> {
+    let config = &store.config;
+    let tcp = TcpListener::bind(config.listen.grpc).await.with_context(|| {
+        format!("cannot listen on {}: is another kvkeepd running? try --listen 127.0.0.1:0", config.listen.grpc)
+    })?;
+    let unix = match config.listen.unix.as_os_str().is_empty() {
+        true => None,
+        false => Some(
+            bind_unix(&config.listen.unix)
+                .with_context(|| format!("cannot listen on the Unix socket {}", config.listen.unix.display()))?,
+        ),
+    };
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_serving::<BlocksServer<Blocks>>().await;
+    let router = |tls: bool| -> anyhow::Result<Router> {
+        let mut server = Server::builder()
+            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .max_frame_size(FRAME_BYTES_MAX)
+            .max_concurrent_streams(STREAMS_PER_CONNECTION_MAX)
+            .http2_keepalive_interval(Some(KEEPALIVE_EVERY))
+            .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT));
+        if tls {
+            server = server.tls_config(tls_config(config)?)?;
+        }
+        let message_max = config.limits.chunk_bytes_max as usize + MESSAGE_OVERHEAD_BYTES;
+        let blocks = BlocksServer::new(Blocks::new(Arc::clone(&store)))
+            .max_decoding_message_size(message_max)
+            .max_encoding_message_size(message_max);
+        let reflection = tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(v1::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .build_v1()
+            .context("reflection")?;
+        Ok(server
+            .add_service(blocks)
+            .add_service(AdminServer::new(Admin::new(Arc::clone(&store))).max_encoding_message_size(message_max))
+            .add_service(health_service.clone())
+            .add_service(reflection))
+    };
+    let mut routers = vec![router(config.listen.tls_cert.is_some())?];
+    if unix.is_some() {
+        routers.push(router(false)?);
+    }
+    Ok(Bound { store, tcp, unix, health, routers })
+}
+
+fn tls_config(config: &Config) -> anyhow::Result<ServerTlsConfig> {
+    let (Some(cert), Some(key)) = (&config.listen.tls_cert, &config.listen.tls_key) else {
+        anyhow::bail!("listen.tls_cert and listen.tls_key come together");
+    };
+    let mode = fs::metadata(key).with_context(|| format!("cannot read {}", key.display()))?.permissions().mode();
+    if mode & 0o077 != 0 {
+        anyhow::bail!("the TLS key {} is readable by others: chmod 600", key.display());
+    }
+    let read = |p: &std::path::Path| fs::read(p).with_context(|| format!("cannot read {}", p.display()));
+    Ok(ServerTlsConfig::new().identity(Identity::from_pem(read(cert)?, read(key)?)))
+}
+
+/// A socket of our own user; one that a dead server left behind is replaced, one that answers is not.
+fn bind_unix(path: &std::path::Path) -> io::Result<UnixListener> {
+    if path.exists() {
+        if std::os::unix::net::UnixStream::connect(path).is_ok() {
+            return Err(io::Error::new(io::ErrorKind::AddrInUse, "a server answers on it"));
+        }
+        fs::remove_file(path)?;
+    }
+    let listener = UnixListener::bind(path)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o666))?;
+    Ok(listener)
+}
+
+impl Bound {
+    /// Where TCP clients find it.
+    pub fn address(&self) -> io::Result<SocketAddr> {
+        self.tcp.local_addr()
+    }
+
+    /// Serves until `stop`; then refuses new work, lets calls in flight end, and returns.
+    pub async fn serve(mut self, stop: CancellationToken) -> anyhow::Result<()> {
+        let store = Arc::clone(&self.store);
+        let mut servers = tokio::task::JoinSet::new();
+        let instances = Arc::clone(&store.instances);
+        if let Some(unix) = self.unix.take() {
+            let own = rustix::process::getuid().as_raw();
+            let uids = store.config.auth.unix_uids.clone();
+            let allowed = move |uid: u32| uid == own || uid == 0 || uids.contains(&uid);
+            let incoming = listener::unix(unix, Arc::clone(&instances), allowed);
+            let router = self.routers.pop().context("a router for the Unix socket")?;
+            servers.spawn(router.serve_with_incoming_shutdown(incoming, stop.clone().cancelled_owned()));
+        }
+        let router = self.routers.pop().context("a router for TCP")?;
+        let incoming = listener::tcp(self.tcp, instances);
+        servers.spawn(router.serve_with_incoming_shutdown(incoming, stop.clone().cancelled_owned()));
+        let health = self.health;
+        let ended = async {
+            while let Some(result) = servers.join_next().await {
+                result??;
+            }
+            anyhow::Ok(())
+        };
+        tokio::select! {
+            result = ended => return result,
+            () = stop.cancelled() => {}
+        }
+        health.set_not_serving::<BlocksServer<Blocks>>().await;
+        // Streams without an end (watchers) are told; calls get their time; then the door closes.
+        store.stopping().cancel();
+        if tokio::time::timeout(DRAIN_MAX, async { while servers.join_next().await.is_some() {} }).await.is_err() {
+            tracing::warn!(seconds = DRAIN_MAX.as_secs(), "calls were still in flight at the end of the drain");
+            servers.shutdown().await;
+        }
+        Ok(())
+    }
+}

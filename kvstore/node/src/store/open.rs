@@ -1,0 +1,314 @@
+//! Opening and closing a store.
+//!
+//! ```text
+//! lock the data folder -> catalogue -> NVMe index into the directory -> arena files of the last life: adopted slot by slot
+//! -> warm set in the background -> serving
+//! ```
+//! NVMe first: a slot found in an old arena file is believed only where the index agrees on the version, or knows nothing.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::time::Duration;
+
+use kvkeep_core::catalogue::{Catalogue, Command, Outcome, StateMachine as _};
+use kvkeep_core::directory::{Directory, DirectoryLimits, Inserted, Placed};
+use kvkeep_core::{
+    BlockMeta, ChunkSums, DigestKey, Error, ErrorKind, Instant, LeaseLimits, MissReason, RequestInfo, Result, SlotRef,
+    TenantId,
+};
+use kvkeep_tiers::dram::{Arena, ArenaConfig, FixedRegion, Registrar, Reserves};
+use kvkeep_tiers::io::{Disk, DiskOptions, EngineChoice, FlushCoordinator, Registration, probe};
+use kvkeep_tiers::nvme::{IndexEntry, Keep, NvmeConfig, NvmeStore, RocksIndex, index_dir, segments_dir};
+use parking_lot::Mutex;
+use rustix::fs::{FlockOperation, flock};
+use tokio::sync::{Notify, Semaphore};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::clock::Clock;
+use super::journal::Journal;
+use super::namespaces::Views;
+use super::reservations::Reservations;
+use super::{PREFETCH_READS_MAX, Store, behind::Behind};
+use crate::auth::Tokens;
+use crate::catalogue_file::CatalogueFile;
+use crate::config::Config;
+use crate::connection::Instances;
+
+/// What opening found.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// Tenants by name.
+    pub tenants: HashMap<String, TenantId>,
+    /// What an operator should know.
+    pub warnings: Vec<String>,
+    /// What runs the I/O of L3.
+    pub io_engine: String,
+    /// Page size of the arena as smaps shows it, bytes.
+    pub arena_page_bytes: u64,
+    /// Slots of the last life that are served again.
+    pub adopted_slots: u64,
+    /// Entries the NVMe index held.
+    pub index_entries: u64,
+    /// How long reading them took, ms.
+    pub index_open_ms: u64,
+}
+
+impl Store {
+    /// Opens a store; its background work starts with [`Store::start`].
+    pub fn open(config: Config) -> Result<(Arc<Self>, Background)> {
+        let data_dir = config.data_dir.clone();
+        let io = |what: &'static str, e: std::io::Error| {
+            Error::new(ErrorKind::Config, what).with("path", data_dir.display()).with("cause", e)
+        };
+        fs::create_dir_all(&data_dir).map_err(|e| io("the data folder cannot be made", e))?;
+        private(&data_dir).map_err(|e| io("the data folder cannot be made private (mode 0700)", e))?;
+        let lock = lock(&data_dir)?;
+        let tokens = config.auth.tokens_file.as_deref().map(Tokens::from_file).transpose()?.unwrap_or_default();
+        let mut report = Report::default();
+        let (catalogue, file) = open_catalogue(&data_dir, &tokens, &mut report)?;
+        let views = Views::default();
+        catalogue.namespaces().for_each(|n| views.set(n.clone()));
+        let clock = Clock::new(config.policy_clock);
+        let mut directory = Directory::new(limits(&config));
+        let nvme = if config.nvme.off { None } else { Some(open_nvme(&config, &views, &mut directory, &mut report)?) };
+        let arena = open_arena(&config, &data_dir, &views, &mut directory, &mut report)?;
+        if let Some((_, disk)) = &nvme {
+            arena.set_registrar(Arc::new(DiskRegistrar(Arc::clone(disk))));
+        }
+        let limits = &config.limits;
+        let (behind, jobs) = Behind::new(config.arena.dirty_bytes_max.0);
+        let store = Arc::new(Self {
+            epoch: rand::random(),
+            clock,
+            counters: Default::default(),
+            journal: Journal::new(limits.history_max as usize, limits.events_max as usize),
+            instances: Instances::new(config.listen.connections_max, config.instance_grace()),
+            rates: Default::default(),
+            report,
+            secret: catalogue.digest_key(),
+            tokens,
+            catalogue: tokio::sync::Mutex::new((catalogue, file)),
+            directory: Mutex::new(directory),
+            reservations: Mutex::new(Reservations::new(limits.reserved_bytes_max.0)),
+            arena,
+            nvme: nvme.map(|(store, _)| store),
+            flights: Default::default(),
+            behind,
+            room: Notify::new(),
+            pressure: Notify::new(),
+            prefetch_queue: Arc::new(Semaphore::new(limits.prefetch_queue_max as usize)),
+            prefetch_turns: Semaphore::new(PREFETCH_READS_MAX),
+            watchers: AtomicU32::new(0),
+            first_hit_ms: AtomicU64::new(0),
+            stopping: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+            views,
+            config,
+            _lock: lock,
+        });
+        Ok((store, Background { jobs }))
+    }
+
+    /// Stops cleanly: what is queued is written, the warm set noted, files closed. Call after the last client has gone.
+    pub async fn close(self: &Arc<Self>) {
+        self.drain_writes().await;
+        self.save_warm_set();
+        self.stopping.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+        if let Some(nvme) = &self.nvme
+            && let Err(error) = nvme.close().await
+        {
+            tracing::error!(%error, "the NVMe store did not close cleanly");
+        }
+        // With an NVMe tier the warm set brings DRAM back; without one the files are all there is.
+        self.arena.close(self.nvme.is_some());
+    }
+}
+
+/// What [`Store::start`] needs and nobody else may have.
+pub struct Background {
+    pub(super) jobs: tokio::sync::mpsc::UnboundedReceiver<super::behind::Job>,
+}
+
+fn private(dir: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt as _;
+    fs::set_permissions(dir, fs::Permissions::from_mode(0o700))
+}
+
+fn lock(data_dir: &Path) -> Result<File> {
+    let path = data_dir.join("lock");
+    let failed = |e: std::io::Error| {
+        Error::new(ErrorKind::Config, "the lock file cannot be made").with("path", path.display()).with("cause", e)
+    };
+    let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(failed)?;
+    flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
+        Error::new(ErrorKind::Config, "another kvkeepd has this data folder open; stop it, or use another --data-dir")
+            .with("path", data_dir.display())
+    })?;
+    Ok(file)
+}
+
+fn open_catalogue(data_dir: &Path, tokens: &Tokens, report: &mut Report) -> Result<(Catalogue, CatalogueFile)> {
+    let file = CatalogueFile::new(data_dir);
+    let mut catalogue = match file.load()? {
+        Some(snapshot) => Catalogue::restore(&snapshot)?,
+        None if data_dir.join("nvme").exists() => {
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                "the data folder has blocks and no catalogue: restore the file `catalogue`, or move the folder away",
+            )
+            .with("path", data_dir.display()));
+        }
+        None => Catalogue::new(DigestKey::from_bytes(rand::random())),
+    };
+    for name in tokens.tenants().chain(["default"]) {
+        if let Outcome::Tenant(id) = catalogue.apply(Command::EnsureTenant { name: name.to_string() })? {
+            report.tenants.insert(name.to_string(), id);
+        }
+    }
+    file.store(&catalogue.snapshot())?;
+    Ok((catalogue, file))
+}
+
+fn limits(config: &Config) -> DirectoryLimits {
+    let l = &config.limits;
+    DirectoryLimits {
+        positions_max: l.positions_max,
+        leases: LeaseLimits {
+            leases_per_instance: l.leases_per_instance_max,
+            positions_per_instance: l.leased_positions_per_instance_max,
+            instances: config.listen.connections_max,
+            ttl_max: Duration::from_millis(u64::from(l.lease_ttl_ms_max)),
+            life_max: Duration::from_millis(u64::from(l.lease_life_ms_max)),
+        },
+    }
+}
+
+type OpenNvme = (NvmeStore, Arc<dyn Disk>);
+
+/// Registers arena files with the device's engine, so that reads and writes need not pin their pages each time.
+struct DiskRegistrar(Arc<dyn Disk>);
+
+impl Registrar for DiskRegistrar {
+    fn register(&self, region: &FixedRegion) -> bool {
+        self.0.register(region.index(), region.region()) == Registration::Fixed
+    }
+
+    fn unregister(&self, index: u16) {
+        self.0.unregister(index);
+    }
+}
+
+fn open_nvme(config: &Config, views: &Views, directory: &mut Directory, report: &mut Report) -> Result<OpenNvme> {
+    let start = std::time::Instant::now();
+    let folder = config.data_dir.join("nvme");
+    let segments = segments_dir(&folder);
+    fs::create_dir_all(&segments).map_err(|e| {
+        Error::new(ErrorKind::Config, "the NVMe folder cannot be made")
+            .with("path", segments.display())
+            .with("cause", e)
+    })?;
+    let choice = if config.nvme.no_io_uring { EngineChoice::Pread } else { EngineChoice::Auto };
+    let opened = probe::open(&segments, choice, DiskOptions { queue_depth: config.nvme.queue_depth_max })?;
+    report.warnings.extend(opened.disk.engine().notes.iter().map(|n| format!("nvme: {n}")));
+    report.io_engine = opened.said;
+    let disk: Arc<dyn Disk> = Arc::new(FlushCoordinator::new(opened.disk));
+    let index = Arc::new(RocksIndex::open(&index_dir(&folder))?);
+    let nvme_config = NvmeConfig {
+        keep_free_bytes: config.nvme.keep_free_bytes.0,
+        segment_bytes: config.nvme.segment_bytes.0,
+        write_budget_bytes_per_day: Some(config.nvme.write_budget_bytes_per_day.0).filter(|n| *n != 0),
+        ..NvmeConfig::new(Some(folder), config.nvme.bytes.0)
+    };
+    let info = RequestInfo::default();
+    let (store, opened) = NvmeStore::open(nvme_config, Arc::clone(&disk), index, &mut |entry| {
+        // Bytes of an older revision are unreachable; dropping them here is the lazy reclaim at its laziest.
+        let Some(namespace) = views.any(entry.handle.namespace).filter(|n| n.revision == entry.handle.revision) else {
+            return Keep::Drop;
+        };
+        let meta = described(entry);
+        match directory.insert(&meta, &namespace.format, Placed::Nvme(entry.place), &info, Instant(0)) {
+            Ok(Inserted::Stored) => Keep::Yes,
+            _ => Keep::Drop,
+        }
+    })?;
+    for copy in &opened.retracted {
+        directory.drop_place(&copy.id, copy.place, MissReason::Quarantined);
+    }
+    report.index_entries = opened.entries;
+    report.index_open_ms = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
+    let lost = opened.dropped_out_of_range + opened.dropped_overlapping + opened.dropped_damaged;
+    if lost > 0 {
+        report.warnings.push(format!(
+            "nvme: {lost} blocks are gone: {} pointed outside of the segments, {} overlapped newer ones, {} were damaged",
+            opened.dropped_out_of_range, opened.dropped_overlapping, opened.dropped_damaged
+        ));
+    }
+    Ok((store, disk))
+}
+
+/// What the index knows of a block, as the directory takes it. The sums stand in the block's header.
+fn described(entry: &IndexEntry) -> BlockMeta {
+    BlockMeta {
+        id: entry.id,
+        tenant: entry.tenant,
+        handle: entry.handle,
+        key: entry.key.clone(),
+        version: entry.version,
+        class: entry.class,
+        fidelity: entry.fidelity,
+        position: entry.position,
+        parent: entry.parent,
+        len: entry.len,
+        sums: ChunkSums::default(),
+    }
+}
+
+fn open_arena(
+    config: &Config,
+    data_dir: &Path,
+    views: &Views,
+    directory: &mut Directory,
+    report: &mut Report,
+) -> Result<Arena> {
+    let absolute = fs::canonicalize(data_dir).unwrap_or_else(|_| data_dir.to_path_buf());
+    // One folder per data folder and user: two nodes on one host never meet.
+    let name = format!(
+        "kvkeep-{}-{:08x}",
+        rustix::process::getuid().as_raw(),
+        crc32fast::hash(absolute.as_os_str().as_encoded_bytes())
+    );
+    let arena_config = ArenaConfig {
+        dir: config.arena.dir.join(name),
+        capacity_bytes: config.arena.bytes.0,
+        reserves: Reserves::default(),
+        huge_pages: config.arena.huge_pages,
+        slot_bytes_max: config.limits.block_bytes_max.0,
+    };
+    let info = RequestInfo::default();
+    let arena = Arena::open(arena_config, &mut |meta: &BlockMeta, slot: SlotRef| {
+        let Some(namespace) = views.any(meta.handle.namespace) else { return false };
+        if namespace.revision != meta.handle.revision || namespace.tenant != meta.tenant {
+            return false;
+        }
+        match directory.locate(&meta.id.digest, meta.id.group, meta.id.shard) {
+            Some(found) => found.version == meta.version && directory.set_slot(&meta.id, meta.version, slot),
+            None => {
+                // A durable block that the index does not know was never acknowledged, or was deleted.
+                meta.class != kvkeep_core::Class::Durable
+                    && matches!(
+                        directory.insert(meta, &namespace.format, Placed::Dram(slot), &info, Instant(0)),
+                        Ok(Inserted::Stored)
+                    )
+            }
+        }
+    })?;
+    report.adopted_slots = arena.adoption().adopted;
+    report.arena_page_bytes = arena.page_bytes().unwrap_or(0);
+    Ok(arena)
+}

@@ -1,0 +1,217 @@
+//! Room: evicting ahead of demand, and making a slot's worth when a put finds none.
+//!
+//! A DRAM copy whose block is on NVMe is dropped (a demotion). One that is not yet there waits for its write where its
+//! caller asked to keep everything, and is dropped for good otherwise. NVMe evicts by the same policy, `durable` excepted.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvkeep_core::directory::{Dropped, Victim, VictimPart};
+use kvkeep_core::{BlockId, Error, ErrorKind, MissReason, Result, SlotRef, TenantId, Tier};
+use kvkeep_tiers::dram::{NoRoom, Purpose, Reserved};
+use kvkeep_tiers::nvme::BlockCopy;
+
+use super::Store;
+use super::journal::{Moved, Subject};
+use super::put::NO_ROOM_RETRY;
+
+/// Victims looked at before others get a turn.
+const VICTIMS_PER_SLICE: usize = 64;
+/// How long one wait for room lasts before looking again.
+const ROOM_POLL: Duration = Duration::from_millis(5);
+/// A read that finds no slot waits so long at most.
+const READ_ROOM_WAIT_MAX: Duration = Duration::from_millis(500);
+/// Watermarks are looked at so often even when nothing asks.
+const WATERMARK_POLL: Duration = Duration::from_millis(100);
+/// NVMe is evicted in batches of this many bytes: one index batch and one sync for all.
+pub(super) const NVME_EVICT_BYTES: u64 = 16 << 20;
+
+impl Store {
+    /// A slot for bytes that a client brings. Waits for room until `deadline`.
+    pub(super) async fn slot_for_put(
+        self: &Arc<Self>,
+        tenant: TenantId,
+        len: u32,
+        deadline: tokio::time::Instant,
+    ) -> Result<Reserved> {
+        if !self.reservations.lock().has_room(u64::from(len)) {
+            return Err(Error::new(ErrorKind::Throttled, "too much is reserved and not committed")
+                .with("limits.reserved_bytes_max", self.config.limits.reserved_bytes_max)
+                .retry_after(NO_ROOM_RETRY));
+        }
+        self.slot(tenant, len, Purpose::Put, deadline).await.ok_or_else(|| {
+            Error::new(ErrorKind::Full, "no room in the arena: everything is leased, being read or being written")
+                .with("bytes", len)
+                .retry_after(NO_ROOM_RETRY)
+        })
+    }
+
+    /// A slot for a block that comes up from NVMe.
+    pub(super) async fn slot_for_read(
+        self: &Arc<Self>,
+        tenant: TenantId,
+        len: u32,
+        purpose: Purpose,
+    ) -> Option<Reserved> {
+        self.slot(tenant, len, purpose, tokio::time::Instant::now() + READ_ROOM_WAIT_MAX).await
+    }
+
+    async fn slot(
+        self: &Arc<Self>,
+        tenant: TenantId,
+        len: u32,
+        purpose: Purpose,
+        deadline: tokio::time::Instant,
+    ) -> Option<Reserved> {
+        let mut waited = false;
+        // Room freed between the look and the wait must not be missed.
+        let mut freed = std::pin::pin!(self.room.notified());
+        loop {
+            freed.as_mut().enable();
+            match self.arena.reserve(tenant, len, purpose) {
+                Ok(slot) => {
+                    self.pressure.notify_one();
+                    return Some(slot);
+                }
+                Err(no_room) if self.make_room(tenant, len, &no_room) => continue,
+                Err(_) => {}
+            }
+            if !std::mem::replace(&mut waited, true) {
+                self.counters.put_waits.one();
+            }
+            if tokio::time::Instant::now() >= deadline {
+                return None;
+            }
+            let until = deadline.min(tokio::time::Instant::now() + ROOM_POLL);
+            let _ = tokio::time::timeout_at(until, freed.as_mut()).await;
+            freed.set(self.room.notified());
+        }
+    }
+
+    /// Evicts towards one slot; `false` where nothing could be freed now.
+    fn make_room(&self, tenant: TenantId, len: u32, no_room: &NoRoom) -> bool {
+        // First by policy. Where what is coldest frees no slot of this size, the cheapest extent is emptied.
+        if no_room.hint.is_none() && self.evict_dram(u64::from(len).max(no_room.short_bytes)) > 0 {
+            return true;
+        }
+        let mut freed = 0;
+        for (slot, id) in self.arena.reclaim_candidates(tenant, len) {
+            let found = self.directory.lock().locate(&id.digest, id.group, id.shard);
+            // What the directory does not know is on its way in or out.
+            let Some(found) = found.filter(|f| f.slot == Some(slot)) else { continue };
+            if self.may_drop(&id, found.place.is_some(), found.leased) {
+                self.drop_dram(&id, slot);
+                freed += 1;
+            }
+        }
+        freed > 0 || self.evict_dram(u64::from(len)) > 0
+    }
+
+    fn may_drop(&self, id: &BlockId, on_nvme: bool, leased: bool) -> bool {
+        on_nvme || (!leased && !self.behind.is_kept(id))
+    }
+
+    /// Frees at least `bytes` of DRAM by policy, or what can be found; answers how many.
+    pub(super) fn evict_dram(&self, bytes: u64) -> u64 {
+        let now = self.clock.policy();
+        let mut freed = 0;
+        for _ in 0..VICTIMS_PER_SLICE {
+            if freed >= bytes {
+                break;
+            }
+            let Some(victim) = self.directory.lock().victim(Tier::Dram, now) else { break };
+            let held = |p: &VictimPart| !self.may_drop(&block(&victim, p), p.place.is_some(), victim.leased);
+            if victim.parts.iter().any(held) {
+                self.directory.lock().defer(&victim.digest, Tier::Dram);
+                continue;
+            }
+            for part in &victim.parts {
+                if let Some(slot) = part.slot
+                    && self.drop_dram(&block(&victim, part), slot)
+                {
+                    freed += u64::from(part.len);
+                }
+            }
+        }
+        freed
+    }
+
+    fn drop_dram(&self, id: &BlockId, slot: SlotRef) -> bool {
+        let meta = self.arena.pin(slot).and_then(|p| p.meta().ok());
+        let dropped = self.directory.lock().drop_slot(id, slot, MissReason::Evicted);
+        let (counter, moved) = match dropped {
+            Dropped::None => return false,
+            Dropped::StillOnNvme | Dropped::StillInDram => (&self.counters.demoted_parts, Moved::Demoted),
+            Dropped::PartGone | Dropped::PositionGone => (&self.counters.evicted_parts, Moved::Evicted),
+        };
+        counter.one();
+        self.arena.free(slot);
+        if let Some(meta) = meta {
+            let tier = if moved == Moved::Demoted { Tier::Nvme } else { Tier::Dram };
+            self.journal.moved(&Subject::of(&meta), moved, tier);
+        }
+        self.room.notify_waiters();
+        true
+    }
+
+    /// Keeps DRAM between its watermarks; woken by puts and once in a while.
+    pub(super) async fn keep_dram_free(self: Arc<Self>) {
+        loop {
+            tokio::select! {
+                () = self.stopping.cancelled() => return,
+                () = self.pressure.notified() => {}
+                () = tokio::time::sleep(WATERMARK_POLL) => {}
+            }
+            let usage = self.arena.usage();
+            let share = |percent: u8| usage.capacity_bytes / 100 * u64::from(percent);
+            if usage.free_bytes >= share(self.config.arena.low_watermark_percent) {
+                continue;
+            }
+            let mut wanted = share(self.config.arena.high_watermark_percent).saturating_sub(usage.free_bytes);
+            while wanted > 0 {
+                let freed = self.evict_dram(wanted);
+                if freed == 0 {
+                    break;
+                }
+                wanted = wanted.saturating_sub(freed);
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+
+    /// Frees at least `bytes` of NVMe by policy, or what can be found; answers how many.
+    pub(super) async fn evict_nvme(&self, bytes: u64) -> u64 {
+        let now = self.clock.policy();
+        let (mut freed, mut copies) = (0, Vec::new());
+        let mut gone = Vec::new();
+        while freed < bytes && copies.len() < VICTIMS_PER_SLICE {
+            let mut directory = self.directory.lock();
+            let Some(victim) = directory.victim(Tier::Nvme, now) else { break };
+            let before = copies.len();
+            for part in &victim.parts {
+                let Some(place) = part.place else { continue };
+                let id = block(&victim, part);
+                match directory.drop_place(&id, place, MissReason::Evicted) {
+                    Dropped::None => continue,
+                    Dropped::PartGone | Dropped::PositionGone => gone.push((victim.handle, id)),
+                    Dropped::StillOnNvme | Dropped::StillInDram => {}
+                }
+                freed += u64::from(part.len);
+                copies.push(BlockCopy { handle: victim.handle, id, place });
+            }
+            if copies.len() == before {
+                break;
+            }
+        }
+        self.counters.evicted_parts.add(gone.len() as u64);
+        for entry in self.index_entries(gone).await {
+            self.journal.moved(&Subject::of_entry(&entry), Moved::Evicted, Tier::Nvme);
+        }
+        self.free_places(&copies).await;
+        freed
+    }
+}
+
+fn block(victim: &Victim, part: &VictimPart) -> BlockId {
+    BlockId { digest: victim.digest, group: part.group, shard: part.shard }
+}

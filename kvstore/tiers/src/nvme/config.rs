@@ -1,5 +1,6 @@
 //! How a store is opened, and the names of its files.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -101,6 +102,19 @@ pub fn segments_dir(dir: &Path) -> PathBuf {
 /// Where the index of a device lies, below its folder.
 pub fn index_dir(dir: &Path) -> PathBuf {
     dir.join("index")
+}
+
+/// Makes the folders of a device, where they are not there yet.
+///
+/// # Errors
+/// `Io` if they cannot be made.
+pub fn make_dirs(dir: &Path) -> Result<()> {
+    for folder in [segments_dir(dir), index_dir(dir)] {
+        fs::create_dir_all(&folder).map_err(|e| {
+            Error::new(ErrorKind::Io, "cannot make an nvme folder").with("folder", folder.display()).with("cause", e)
+        })?;
+    }
+    Ok(())
 }
 
 /// The lock file of a device.

@@ -126,7 +126,8 @@ pub enum EntryError {
 }
 
 impl IndexEntry {
-    pub(crate) fn new(meta: &BlockMeta, class: Class, extent: Extent, sequence: Sequence) -> Self {
+    /// The entry of a block that was written to `extent` as the put `sequence`.
+    pub fn new(meta: &BlockMeta, class: Class, extent: Extent, sequence: Sequence) -> Self {
         Self {
             id: meta.id,
             handle: meta.handle,

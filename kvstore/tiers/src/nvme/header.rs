@@ -318,3 +318,89 @@ impl Fields<'_> {
         Digest::from_slice(&self.array::<16>(at)).expect("sixteen bytes make a digest")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::nvme::testing::any_meta;
+
+    fn any_header() -> impl Strategy<Value = Header> {
+        (any_meta(), any::<u64>()).prop_map(|(meta, sequence)| Header { meta, sequence: Sequence(sequence) })
+    }
+
+    fn encoded(header: &Header) -> Vec<u8> {
+        let mut pages = vec![0xee; Shape::of(header.meta.len).header_bytes()];
+        header.encode(&mut pages);
+        pages
+    }
+
+    proptest! {
+        #[test]
+        fn a_header_reads_back_as_it_was_written(header in any_header()) {
+            prop_assert_eq!(Header::decode(&encoded(&header)), Ok(header));
+        }
+
+        /// In the part that the checksum covers; behind it there is nothing to read.
+        #[test]
+        fn a_flipped_bit_is_refused(header in any_header(), at in any::<prop::sample::Index>(), bit in 0u32..8) {
+            let mut pages = encoded(&header);
+            let covered = FIXED_BYTES + FRAME_BYTES + 4 * header.meta.sums.as_slice().len();
+            pages[at.index(covered)] ^= 1u8 << bit;
+            prop_assert!(Header::decode(&pages).is_err());
+        }
+
+        #[test]
+        fn a_torn_header_is_refused(header in any_header(), old in any_header(), sectors in 1usize..8) {
+            let (mut pages, old) = (encoded(&header), encoded(&old));
+            prop_assume!(header.meta.id != old_id(&old) && pages.len() == old.len());
+            let covered = FIXED_BYTES + FRAME_BYTES + 4 * header.meta.sums.as_slice().len();
+            let at = 512 * sectors;
+            prop_assume!(at < covered);
+            pages[at..].copy_from_slice(&old[at..]);
+            prop_assert!(Header::decode(&pages).is_err());
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic(mut pages in prop::collection::vec(any::<u8>(), 0..9000), ours: bool, crc: bool) {
+            if ours && pages.len() >= FIXED_BYTES {
+                // Past the first gates, so that the fields behind them are reached.
+                pages[..8].copy_from_slice(&MAGIC);
+                pages[8..10].copy_from_slice(&FORMAT_VERSION.to_le_bytes());
+                let header_bytes = (u32::from_le_bytes([pages[16], pages[17], 0, 0]) as usize).clamp(256, pages.len());
+                pages[16..20].copy_from_slice(&(header_bytes as u32).to_le_bytes());
+                if crc {
+                    pages[CRC_AT..CRC_AT + 4].fill(0);
+                    let sum = crc32fast::hash(&pages[..header_bytes]);
+                    pages[CRC_AT..CRC_AT + 4].copy_from_slice(&sum.to_le_bytes());
+                }
+            }
+            let _ = Header::decode(&pages);
+        }
+    }
+
+    fn old_id(pages: &[u8]) -> BlockId {
+        Header::decode(pages).expect("just encoded").meta.id
+    }
+
+    #[test]
+    fn a_payload_that_fits_shares_the_header_page() {
+        let shape = |len| Shape::of(len);
+        assert_eq!(shape(1), Shape { header_pages: 1, inline_at: Some(320), units: 1 });
+        assert_eq!(shape(3776), Shape { header_pages: 1, inline_at: Some(320), units: 1 });
+        assert_eq!(shape(3777), Shape { header_pages: 1, inline_at: None, units: 2 });
+        assert_eq!(shape(128 * 1024), Shape { header_pages: 1, inline_at: None, units: 33 });
+        assert_eq!(shape(BLOCK_BYTES_MAX as u32), Shape { header_pages: PAGES_MAX, inline_at: None, units: 32768 + 3 });
+    }
+
+    #[test]
+    fn the_checksum_of_the_raw_frame_is_that_of_the_payload() {
+        use crate::nvme::testing::meta_of;
+        for len in [1, SUM_CHUNK_BYTES, SUM_CHUNK_BYTES + 1, 3 * SUM_CHUNK_BYTES - 7] {
+            let bytes: Vec<u8> = (0..len).map(|i| (i * 31 + i / 255) as u8).collect();
+            let frame = raw_frame(&meta_of(&bytes));
+            assert_eq!(frame[24..28], crc32fast::hash(&bytes).to_le_bytes(), "{len}");
+        }
+    }
+}

@@ -13,6 +13,7 @@ use kvkeep_core::error::{Error, ErrorKind, Result};
 use kvkeep_core::ids::{BlockId, Handle, Key, Version};
 use kvkeep_core::words::Class;
 
+use super::entry::IndexEntry;
 use super::header::{Header, HeaderError, PAGE_BYTES, Shape};
 use super::place::{Place, tag_of};
 use super::shared::Shared;
@@ -47,6 +48,11 @@ impl Expect {
             && self.version == meta.version
             && self.len == meta.len
             && self.key.as_ref().is_none_or(|key| *key == meta.key)
+    }
+
+    /// Whether the index, asked for the block, believes the same.
+    fn agrees_with(&self, entry: &IndexEntry) -> bool {
+        self.version == entry.version && self.len == entry.len && self.key.as_ref().is_none_or(|key| *key == entry.key)
     }
 }
 
@@ -190,7 +196,7 @@ impl NvmeStore {
 
     /// The block was not there. Whether that is news depends on what the index says, which is the truth about places:
     ///
-    /// - It names another place, or none: the caller is behind.
+    /// - It names another place, another put, or nothing: the caller is behind, or wrong.
     /// - It names this place, and another valid header is there: the index is behind. The entry is dropped.
     /// - It names this place, the bytes are damaged, and nobody ever flushed them before a restart: they were lost with
     ///   the power, as class `cache` allows. The entry is dropped.
@@ -200,8 +206,7 @@ impl NvmeStore {
             Ok(entry) => entry,
             Err(e) => return Read::Io(e),
         };
-        let Some(entry) = entry.filter(|e| e.place == place && e.version == expect.version && e.len == expect.len)
-        else {
+        let Some(entry) = entry.filter(|e| e.place == place && expect.agrees_with(e)) else {
             return Read::Stale;
         };
         let copy = BlockCopy { handle: expect.handle, id: expect.id, place };

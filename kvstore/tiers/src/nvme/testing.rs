@@ -35,3 +35,20 @@ pub fn any_meta() -> impl Strategy<Value = BlockMeta> {
 fn digest_of(bytes: &[u8; 16]) -> Digest {
     Digest::from_slice(bytes).unwrap()
 }
+
+/// A block of these bytes.
+pub fn meta_of(bytes: &[u8]) -> BlockMeta {
+    BlockMeta {
+        id: BlockId { digest: digest_of(&[9; 16]), group: GroupId(0), shard: ShardId(0) },
+        tenant: TenantId(0),
+        handle: Handle { namespace: NamespaceId(1), revision: Revision(1) },
+        key: Key::new(b"key").unwrap(),
+        version: Version(1),
+        class: Class::Cache,
+        fidelity: Fidelity::Exact,
+        position: 0,
+        parent: None,
+        len: u32::try_from(bytes.len()).unwrap(),
+        sums: ChunkSums::of(bytes),
+    }
+}

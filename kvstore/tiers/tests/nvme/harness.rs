@@ -161,13 +161,6 @@ impl Rig {
         self.disk = self.disk.kill(seed);
         drop(store);
     }
-
-    /// The file of the segment that a place names, and the byte offset in it.
-    pub fn position(&self, block: &Block, entry: &IndexEntry) -> (String, u64) {
-        assert_eq!(entry.id, block.meta.id);
-        let extent = entry.extent();
-        (segment_name(extent.segment), extent.offset())
-    }
 }
 
 /// Waits until the index thread has done what it does after it has answered.

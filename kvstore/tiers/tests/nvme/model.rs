@@ -198,6 +198,12 @@ impl Model {
         check(store);
     }
 
+    /// After the end of the process alone: nothing that was acknowledged is gone.
+    pub async fn after_kill(&mut self, store: &NvmeStore) {
+        self.synced();
+        self.after_cut(store).await;
+    }
+
     /// After an orderly end everything is as it was.
     pub async fn after_restart(&mut self, store: &NvmeStore) {
         self.now.values_mut().for_each(|s| s.safe = true);
@@ -221,8 +227,7 @@ async fn run(steps: Vec<Step>, seed: u64) {
                 // Batches reach the kernel when they are written; only the power can take them.
                 rig.kill(store, seed);
                 store = rig.open();
-                model.synced();
-                model.after_cut(&store).await;
+                model.after_kill(&store).await;
             }
             Step::Restart => {
                 store.close().await.unwrap();

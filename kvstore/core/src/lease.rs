@@ -213,28 +213,35 @@ impl LeaseTable {
         Ok((id, true))
     }
 
-    /// Adds a position. `false`: the lease has it already.
-    pub(crate) fn add(&mut self, id: LeaseId, position: EntryId) -> Result<bool> {
+    /// Adds positions in order and tells which were not in it. At a bound it stops: those told of stay.
+    pub(crate) fn add(
+        &mut self,
+        id: LeaseId,
+        positions: impl Iterator<Item = EntryId>,
+        mut added: impl FnMut(EntryId),
+    ) -> Result<()> {
         let lease = self.by_id.get_mut(&id).ok_or_else(ended)?;
-        if lease.positions.contains(position) {
-            return Ok(false);
-        }
         let holding = self.holdings.get_mut(&lease.instance).expect("an instance with a lease has a holding");
         let limit = self.limits.positions_per_instance;
-        if holding.positions >= limit {
-            // Alone at the bound, waiting for others does not help.
-            let alone = lease.positions.len() >= limit;
-            let e = if alone {
-                Error::new(ErrorKind::TooLarge, "the lease has more positions than an instance may hold")
-            } else {
-                Error::new(ErrorKind::Throttled, "the instance holds as many leased positions as it may; release some")
-                    .retry_after(RETRY_AFTER)
-            };
-            return Err(e.with("leased_positions_per_instance", limit));
+        for position in positions {
+            if lease.positions.contains(position) {
+                continue;
+            }
+            if holding.positions >= limit {
+                // Alone at the bound, waiting for others does not help.
+                let e = if lease.positions.len() >= limit {
+                    Error::new(ErrorKind::TooLarge, "the lease has more positions than an instance may hold")
+                } else {
+                    Error::new(ErrorKind::Throttled, "the instance holds as many leased positions as it may")
+                        .retry_after(RETRY_AFTER)
+                };
+                return Err(e.with("leased_positions_per_instance", limit));
+            }
+            holding.positions += 1;
+            lease.positions.insert(position);
+            added(position);
         }
-        holding.positions += 1;
-        lease.positions.insert(position);
-        Ok(true)
+        Ok(())
     }
 
     /// Takes one position out. `false`: the lease has ended or does not have it.

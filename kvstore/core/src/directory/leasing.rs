@@ -12,7 +12,7 @@ use super::entry::{EntryId, Level};
 
 impl Directory {
     /// Leases those of `digests` that are here (at least one part), in the lease that `ask` names; each position newly
-    /// in it counts as accessed. Returns the lease (`None`: nothing was here and no such lease was) and, per digest,
+    /// in it counts as accessed at `accessed`, on the policy's clock. Returns the lease (`None`: nothing was here and no such lease was) and, per digest,
     /// whether it is held now.
     ///
     /// # Errors
@@ -23,32 +23,23 @@ impl Directory {
         digests: &[Digest],
         info: &RequestInfo,
         now: Instant,
+        accessed: Instant,
     ) -> Result<(Option<LeaseId>, Vec<bool>)> {
         let (lease, new) = self.open_lease(ask, now)?;
+        let here = digests.iter().map(|d| self.slab.find(d).filter(|id| !self.slab[*id].parts.is_empty()));
+        let here: Vec<Option<EntryId>> = here.collect();
         let mut fresh = Vec::new();
-        let mut held = Vec::with_capacity(digests.len());
-        for digest in digests {
-            let id = self.slab.find(digest).filter(|id| !self.slab[*id].parts.is_empty());
-            held.push(id.is_some());
-            let Some(id) = id else { continue };
-            match self.hold(lease, id) {
-                Ok(true) => fresh.push(id),
-                Ok(false) => {}
-                Err(e) => {
-                    for id in fresh {
-                        self.unhold(lease, id);
-                    }
-                    self.end_if_empty(lease, new);
-                    return Err(e);
-                }
-            }
+        if let Err(e) = self.hold(lease, here.iter().flatten().copied(), &mut fresh) {
+            self.unhold(lease, fresh);
+            self.end_if_empty(lease, new);
+            return Err(e);
         }
         // The deepest first, so that a parent is never older than its child.
         for id in fresh.into_iter().rev() {
-            self.access_entry(id, info, now);
+            self.access_entry(id, info, accessed);
         }
         let empty = self.end_if_empty(lease, new);
-        Ok(((!empty).then_some(lease), held))
+        Ok(((!empty).then_some(lease), here.iter().map(Option::is_some).collect()))
     }
 
     /// Moves the end of a lease to `ttl` from now, within its longest life, and returns the end.
@@ -131,30 +122,33 @@ impl Directory {
         self.leases.open(ask, now)
     }
 
-    /// Adds a position to a lease. `false`: it was in it.
-    pub(super) fn hold(&mut self, lease: LeaseId, id: EntryId) -> Result<bool> {
-        let new = self.leases.add(lease, id)?;
-        if new {
-            let e = &mut self.slab[id];
+    /// Adds positions to a lease; those that were not in it are added to `fresh`, also where a bound ends it with an error.
+    pub(super) fn hold(
+        &mut self,
+        lease: LeaseId,
+        positions: impl Iterator<Item = EntryId>,
+        fresh: &mut Vec<EntryId>,
+    ) -> Result<()> {
+        let before = fresh.len();
+        let done = self.leases.add(lease, positions, |id| fresh.push(id));
+        for id in &fresh[before..] {
+            let e = &mut self.slab[*id];
             e.leases += 1;
             if e.leases == 1 {
                 self.leased += 1;
-                self.refresh_spare(id);
+                self.refresh_spare(*id);
             }
         }
-        Ok(new)
+        done
     }
 
-    /// Takes a position out of a lease, if that still is and has it.
-    pub(super) fn unhold(&mut self, lease: LeaseId, id: EntryId) {
-        if self.leases.drop_position(lease, id) {
-            self.uncount(id);
+    /// Takes positions out of a lease, if that still is and has them.
+    pub(super) fn unhold(&mut self, lease: LeaseId, positions: impl IntoIterator<Item = EntryId>) {
+        for id in positions {
+            if self.leases.drop_position(lease, id) {
+                self.uncount(id);
+            }
         }
-    }
-
-    /// Whether a lease has not ended and has the position.
-    pub(super) fn holds(&self, lease: LeaseId, id: EntryId) -> bool {
-        self.leases.get(lease).is_some_and(|l| l.positions.contains(id))
     }
 
     /// Ends a lease that was opened for nothing.

@@ -26,6 +26,8 @@ use super::home::{Need, Shape};
 
 /// Positions worked on per lock hold.
 pub const SLICE: usize = 256;
+/// Look-ups that wait for memory together.
+const BURST: usize = 32;
 
 /// Bytes in DRAM, and bytes only on NVMe.
 #[derive(Clone, Copy, Debug, Default)]
@@ -145,17 +147,32 @@ impl Matcher {
     /// With a lease: `Throttled` or `TooLarge` naming the bound, `Expired` where the lease ended meanwhile. What this match
     /// had added is given back then.
     pub fn feed(&mut self, dir: &mut Directory, digests: &[Digest], now: Instant) -> Result<()> {
-        for digest in digests {
-            let found = dir.slab.find(digest);
-            self.step(digest, found.map(|id| &dir.slab[id]));
-            if let Some(id) = found.filter(|id| !self.broken && !dir.slab[*id].parts.is_empty())
-                && let Some(taking) = &mut self.taking
-                && let Err(e) = taking.take(dir, self.fed, id, now)
+        for digests in digests.chunks(BURST) {
+            // First all look-ups: they wait for memory, and independent ones wait together.
+            let mut found = [None; BURST];
+            for (found, digest) in found.iter_mut().zip(digests) {
+                *found = dir.slab.find(digest);
+            }
+            let mut hits = [(0, EntryId::NONE); BURST];
+            let mut hit_count = 0;
+            for (digest, id) in digests.iter().zip(found) {
+                self.step(digest, id.map(|id| &dir.slab[id]));
+                if let Some(id) = id
+                    && self.taking.is_some()
+                    && !self.broken
+                    && !dir.slab[id].parts.is_empty()
+                {
+                    hits[hit_count] = (self.fed, id);
+                    hit_count += 1;
+                }
+                self.fed += 1;
+            }
+            if let Some(taking) = &mut self.taking
+                && let Err(e) = taking.take(dir, &hits[..hit_count], now)
             {
                 taking.abandon(dir);
                 return Err(e);
             }
-            self.fed += 1;
         }
         Ok(())
     }
@@ -236,21 +253,21 @@ impl Matcher {
     pub fn settle(&mut self, dir: &mut Directory, info: &RequestInfo, now: Instant) -> bool {
         let Some(taking) = &mut self.taking else { return false };
         let Some((lease, new)) = taking.lease else { return false };
+        if dir.leases.get(lease).is_none() {
+            // Released or expired meanwhile, and every position with it: their entries may be others' now.
+            taking.fresh.clear();
+        }
         for _ in 0..SLICE {
             let Some((index, id)) = taking.fresh.pop() else { break };
-            // It may have been released meanwhile; the entry may then be another position's.
-            if !dir.holds(lease, id) {
-                continue;
-            }
             if needs(&self.shape, self.boundary, index) {
                 dir.access_entry(id, info, now);
                 taking.kept += 1;
             } else {
-                dir.unhold(lease, id);
+                dir.unhold(lease, [id]);
             }
         }
         if taking.fresh.is_empty() {
-            if dir.end_if_empty(lease, new) || dir.leases.get(lease).is_none() {
+            if dir.leases.get(lease).is_none() || dir.end_if_empty(lease, new) {
                 taking.lease = None;
             }
             return false;
@@ -282,22 +299,25 @@ impl Matcher {
 }
 
 impl Taking {
-    fn take(&mut self, dir: &mut Directory, index: u32, id: EntryId, now: Instant) -> Result<()> {
+    fn take(&mut self, dir: &mut Directory, hits: &[(u32, EntryId)], now: Instant) -> Result<()> {
+        if hits.is_empty() {
+            return Ok(());
+        }
         let lease = match self.lease {
             Some((lease, _)) => lease,
             None => self.lease.insert(dir.open_lease(&self.ask, now)?).0,
         };
-        if dir.hold(lease, id)? {
-            self.fresh.push((index, id));
-        }
-        Ok(())
+        let mut fresh = Vec::with_capacity(hits.len());
+        let done = dir.hold(lease, hits.iter().map(|(_, id)| *id), &mut fresh);
+        // What is fresh is so in the order of the hits.
+        let mut fresh = fresh.into_iter().peekable();
+        self.fresh.extend(hits.iter().filter(|(_, id)| fresh.next_if_eq(id).is_some()));
+        done
     }
 
     fn abandon(&mut self, dir: &mut Directory) {
         let Some((lease, new)) = self.lease.take() else { return };
-        for (_, id) in self.fresh.drain(..) {
-            dir.unhold(lease, id);
-        }
+        dir.unhold(lease, self.fresh.drain(..).map(|(_, id)| id));
         dir.end_if_empty(lease, new);
     }
 }

@@ -98,6 +98,10 @@ impl Directory {
 
     /// Brings an entry's seats in the spare lists in line with its flag, parts, class and leases.
     pub(super) fn refresh_spare(&mut self, id: EntryId) {
+        // Only a position that was found spare has ever been listed; few are.
+        if !self.slab[id].has(Entry::SPARE | Entry::SPARE_LISTED[0] | Entry::SPARE_LISTED[1]) {
+            return;
+        }
         for level in Level::BOTH {
             let e = &self.slab[id];
             let listed = e.has(Entry::SPARE_LISTED[level as usize]);

@@ -1,0 +1,227 @@
+//! What the directory costs: bytes per tracked position, time per insert, match, lease, access and victim.
+//!
+//! `cargo run --release -p kvkeep-core --example directory_cost -- [positions]` (10,000,000 unless said).
+//! One group, one shard, 32-byte keys (which the directory does not keep), chains of 4,096. In chain order every position
+//! is put in DRAM and then on NVMe; in the order of digests it is found on NVMe, as when an index is opened.
+//! Floors: an insert or a look-up of a position that is in no cache is 2 to 3 misses to memory (table, entry, and for an
+//! insert the list's old end); 128 bytes per position is the bar.
+
+use std::num::NonZeroUsize;
+use std::time::{Duration, Instant as Clock};
+
+use kvkeep_core::directory::{Directory, DirectoryLimits, Dropped, Inserted, Matcher, Placed, SLICE};
+use kvkeep_core::{
+    BlockId, BlockMeta, ChunkSums, Class, Digest, DigestKey, Fidelity, Format, Group, GroupId, Handle, InstanceId,
+    Instant, Key, KeyDomain, LeaseAsk, LeaseId, MissReason, NamespaceId, NvmePlace, RequestId, RequestInfo, Revision,
+    Rule, ShardId, SizeRule, SlotRef, TenantId, Tier, Topology, Version,
+};
+
+const CHAIN: usize = 4096;
+const MATCHES: usize = 400;
+const HANDLE: Handle = Handle { namespace: NamespaceId(1), revision: Revision(1) };
+
+fn main() {
+    let positions: usize = match std::env::args().nth(1).map(|n| n.parse()) {
+        None => 10_000_000,
+        Some(Ok(n)) => n,
+        Some(Err(e)) => {
+            eprintln!("positions: {e}");
+            std::process::exit(2);
+        }
+    };
+    let positions = positions.next_multiple_of(CHAIN);
+    let digests: Vec<Digest> = (0..positions).map(digest).collect();
+    println!("{positions} positions, chains of {CHAIN}");
+
+    chain_order(&digests);
+    digest_order(&digests);
+}
+
+/// As a node meets them: each chain from its start, then the main calls on random chains.
+fn chain_order(digests: &[Digest]) {
+    let format = format();
+    let before = resident_bytes();
+    let mut dir = Directory::new(DirectoryLimits::default());
+    let clock = Clock::now();
+    insert(&mut dir, digests, &format, 0..digests.len(), true);
+    let took = clock.elapsed();
+    let grown = resident_bytes() - before;
+    println!("insert in chain order     {:>9.1} ns each, {:.2} s", per(took, digests.len()), took.as_secs_f64());
+    println!("memory                    {:>9.1} bytes per position", grown as f64 / digests.len() as f64);
+
+    let info = RequestInfo::default();
+    let mut random = Random(7);
+    let chains = NonZeroUsize::new(digests.len() / CHAIN).expect("at least one chain");
+    for leased in [false, true] {
+        let mut times = Vec::new();
+        let mut longest_hold = Duration::ZERO;
+        for n in 0..MATCHES {
+            let first = random.below(chains) * CHAIN;
+            let chain = &digests[first..first + CHAIN];
+            let ask = leased.then(|| LeaseAsk {
+                instance: InstanceId([1; 16]),
+                request: RequestId::default(),
+                fresh: LeaseId(n as u64 + 1),
+                handle: HANDLE,
+                ttl: Duration::from_secs(30),
+            });
+            let clock = Clock::now();
+            let mut matcher = Matcher::new(&format, chain.len(), Fidelity::Exact, false, ask);
+            for slice in chain.chunks(SLICE) {
+                let hold = Clock::now();
+                matcher.feed(&mut dir, slice, Instant(1)).expect("within the bounds");
+                longest_hold = longest_hold.max(hold.elapsed());
+            }
+            while matcher.settle(&mut dir, &info, Instant(1)) {}
+            let outcome = matcher.finish(|_| None);
+            times.push(clock.elapsed());
+            assert_eq!(outcome.boundary_positions as usize, CHAIN);
+            if let Some(lease) = outcome.lease {
+                dir.release(lease);
+            }
+        }
+        times.sort();
+        let (p50, p99) = (times[times.len() / 2], times[times.len() * 99 / 100]);
+        let what = if leased { "match + lease of 4,096    " } else { "match of 4,096            " };
+        println!(
+            "{what}{:>9.1} ns per key, p50 {:.0} us, p99 {:.0} us, longest lock hold {:.0} us",
+            per(p50, CHAIN),
+            micros(p50),
+            micros(p99),
+            micros(longest_hold)
+        );
+    }
+
+    let draws: Vec<usize> =
+        (0..1_000_000).map(|_| random.below(chains) * CHAIN + random.below(chains) % CHAIN).collect();
+    let clock = Clock::now();
+    for i in &draws {
+        assert!(dir.access(&digests[*i], &info, Instant(2)));
+    }
+    println!("access, random            {:>9.1} ns each", per(clock.elapsed(), draws.len()));
+
+    let victims = digests.len() / 4;
+    let clock = Clock::now();
+    for _ in 0..victims {
+        let victim = dir.victim(Tier::Dram, Instant(3)).expect("there are leaves");
+        for part in &victim.parts {
+            let id = BlockId { digest: victim.digest, group: part.group, shard: part.shard };
+            let slot = part.slot.expect("a victim in DRAM has a slot");
+            assert_eq!(dir.drop_slot(&id, slot, MissReason::Evicted), Dropped::StillOnNvme);
+        }
+    }
+    println!("victim and drop, DRAM     {:>9.1} ns each", per(clock.elapsed(), victims));
+    let clock = Clock::now();
+    for digest in digests {
+        dir.remove(digest, MissReason::Removed);
+    }
+    println!("remove                    {:>9.1} ns each", per(clock.elapsed(), digests.len()));
+    assert_eq!(dir.entries(), 0);
+}
+
+/// As an index is opened: on NVMe, in the order of digests, children before or after their parents.
+fn digest_order(digests: &[Digest]) {
+    let format = format();
+    let mut order: Vec<usize> = (0..digests.len()).collect();
+    order.sort_unstable_by_key(|i| digests[*i]);
+    let before = resident_bytes();
+    let mut dir = Directory::new(DirectoryLimits::default());
+    let clock = Clock::now();
+    let mut longest = Duration::ZERO;
+    for slice in order.chunks(SLICE) {
+        let hold = Clock::now();
+        insert(&mut dir, digests, &format, slice.iter().copied(), false);
+        longest = longest.max(hold.elapsed());
+    }
+    let took = clock.elapsed();
+    let grown = resident_bytes() - before;
+    println!(
+        "insert in digest order    {:>9.1} ns each, {:.2} s, longest slice of 256 {:.0} us",
+        per(took, digests.len()),
+        took.as_secs_f64(),
+        micros(longest)
+    );
+    println!("memory                    {:>9.1} bytes per position", grown as f64 / digests.len() as f64);
+}
+
+fn insert(dir: &mut Directory, digests: &[Digest], format: &Format, order: impl Iterator<Item = usize>, both: bool) {
+    let info = RequestInfo::default();
+    let mut meta = BlockMeta {
+        id: BlockId { digest: digests[0], group: GroupId(0), shard: ShardId(0) },
+        tenant: TenantId(0),
+        handle: HANDLE,
+        key: Key::new(&[1; 32]).expect("a key of 32 bytes"),
+        version: Version(1),
+        class: Class::Cache,
+        fidelity: Fidelity::Exact,
+        position: 0,
+        parent: None,
+        len: 65_536,
+        sums: ChunkSums::default(),
+    };
+    for i in order {
+        meta.id.digest = digests[i];
+        meta.position = (i % CHAIN) as u32;
+        meta.parent = (meta.position > 0).then(|| digests[i - 1]);
+        let slot = SlotRef::from_raw(i as u64 + 1).expect("not zero");
+        let place = NvmePlace::from_raw(i as u64 + 1).expect("not zero");
+        let at = if both { Placed::Dram(slot) } else { Placed::Nvme(place) };
+        let stored = dir.insert(&meta, format, at, &info, Instant(0)).expect("within the bounds");
+        assert_eq!(stored, Inserted::Stored);
+        if both {
+            assert!(dir.set_nvme(&meta.id, meta.version, place));
+        }
+    }
+}
+
+fn digest(i: usize) -> Digest {
+    DigestKey::from_bytes([9; 16]).digest(KeyDomain(0), HANDLE, &(i as u64).to_le_bytes())
+}
+
+fn format() -> Format {
+    Format {
+        model: "cost".into(),
+        dtype: "bf16".into(),
+        layout: "any".into(),
+        hash_algorithm: "any".into(),
+        hash_seed: String::new(),
+        tokens_per_key: 16,
+        topology: Topology { canonical: false, tp: 1, pp: 1, cp: 1 },
+        groups: vec![Group {
+            rule: Rule::All,
+            tokens_per_block: 16,
+            shards: 1,
+            replicated: false,
+            size: SizeRule::Exact(65_536),
+        }],
+        prefill_us_per_token: 0,
+    }
+}
+
+/// xorshift64*: enough to choose chains.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: NonZeroUsize) -> usize {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 16) as usize % n
+    }
+}
+
+fn per(took: Duration, n: usize) -> f64 {
+    took.as_nanos() as f64 / n as f64
+}
+
+fn micros(d: Duration) -> f64 {
+    d.as_nanos() as f64 / 1000.0
+}
+
+/// Anonymous memory of this process, bytes, as the kernel counts it.
+fn resident_bytes() -> usize {
+    let status = std::fs::read_to_string("/proc/self/status").expect("Linux has /proc");
+    let line = status.lines().find(|l| l.starts_with("RssAnon:")).expect("RssAnon is in it");
+    let kib: usize = line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).expect("a number");
+    kib * 1024
+}

@@ -327,3 +327,6 @@ impl RangeSums {
         true
     }
 }
+
+#[cfg(test)]
+mod tests;

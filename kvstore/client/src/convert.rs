@@ -430,3 +430,6 @@ pub fn detail_from_status(status: &tonic::Status) -> Option<v1::ErrorDetail> {
     let bytes = status.metadata().get_bin(ERROR_DETAIL_KEY)?.to_bytes().ok()?;
     v1::ErrorDetail::decode(bytes).ok()
 }
+
+#[cfg(test)]
+mod tests;

@@ -133,6 +133,7 @@ impl Error {
         // No detail: not one of our answers, but something on the way (tonic, a proxy, the connection).
         let mut error = match status.code() {
             tonic::Code::DeadlineExceeded => Self::late(verb),
+            _ if timed_out(&status) => Self::late(verb),
             tonic::Code::Unauthenticated | tonic::Code::PermissionDenied => {
                 Self::new(ErrorKind::Refused(CoreKind::Denied), "the server refused the credentials").with("verb", verb)
             }
@@ -184,16 +185,26 @@ impl Error {
     }
 }
 
-/// Whether the call failed before a byte of it was sent: the connection could not be made.
-fn never_left(status: &tonic::Status) -> bool {
+/// Whether an error of this type, for which `is` holds, stands behind the status.
+fn caused<E: std::error::Error + 'static>(status: &tonic::Status, is: impl Fn(&E) -> bool) -> bool {
     let mut next: Option<&(dyn std::error::Error + 'static)> = std::error::Error::source(status);
     while let Some(error) = next {
-        if error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::ConnectionRefused) {
+        if error.downcast_ref::<E>().is_some_and(&is) {
             return true;
         }
         next = error.source();
     }
     false
+}
+
+/// Whether the call failed before a byte of it was sent: the connection could not be made.
+fn never_left(status: &tonic::Status) -> bool {
+    caused::<std::io::Error>(status, |e| e.kind() == std::io::ErrorKind::ConnectionRefused)
+}
+
+/// Whether our own end of the connection gave up on the answer (tonic then says `Cancelled`).
+fn timed_out(status: &tonic::Status) -> bool {
+    caused::<tonic::TimeoutExpired>(status, |_| true)
 }
 
 impl fmt::Display for Error {

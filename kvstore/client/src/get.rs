@@ -163,7 +163,7 @@ impl Namespace {
     /// Reads parts. Answers one per item, in order; parts that are not here, late, or that failed a check are values and
     /// not errors. At the deadline what arrived is the answer, and the rest is `miss` with reason `late`; when the server
     /// is lost in the middle and does not come back, the rest is `miss` with reason `io`. An error means that nothing
-    /// arrived at all.
+    /// arrived at all, or that the call itself is wrong.
     pub async fn get(&self, items: &[GetItem], lease: Option<LeaseId>, call: &Call) -> Result<Vec<GotPart>> {
         let mut landing = Owned::new(items.len());
         let headers = self.fetch(items, lease, call, &mut landing).await?;
@@ -242,10 +242,12 @@ impl Namespace {
                         break;
                     }
                     if let Err(e) = tries.again(e, Safety::Repeatable).await {
-                        if e.kind() == ErrorKind::Late {
-                            rest_is = MissReason::Late;
-                        } else if assembly.settled() == 0 {
-                            return Err(e);
+                        match e.kind() {
+                            ErrorKind::Late => rest_is = MissReason::Late,
+                            // The call itself is wrong (a range outside of its part, a stale handle): no miss.
+                            ErrorKind::Refused(_) if !e.is_retryable() => return Err(e),
+                            _ if assembly.settled() == 0 => return Err(e),
+                            _ => {}
                         }
                         break;
                     }
@@ -253,10 +255,10 @@ impl Namespace {
             }
         }
         count(&shared.counts.bad_sums, assembly.bad_sums);
-        if rest_is == MissReason::Late {
-            count(&shared.counts.late_parts, (items.len() - assembly.settled()) as u64);
-        }
-        Ok(assembly.finish(rest_is, landing))
+        let headers = assembly.finish(rest_is, landing);
+        let late = headers.iter().filter(|h| h.reason == Some(MissReason::Late)).count();
+        count(&shared.counts.late_parts, late as u64);
+        Ok(headers)
     }
 
     /// Asks for the next items, as many as one call may name, and takes what comes until the stream ends.

@@ -20,7 +20,7 @@ Environment: KVKEEP_ENDPOINT, KVKEEP_TOKEN, KVKEEP_CA";
 
 /// Asks a KVKeep node what an operator wants to know.
 #[derive(Debug, Parser)]
-#[command(name = "kvkeepctl", version, about, after_help = EXIT_CODES, propagate_version = true, max_term_width = 120)]
+#[command(name = "kvkeepctl", version, after_help = EXIT_CODES, propagate_version = true, max_term_width = 120)]
 pub struct Args {
     #[command(flatten)]
     pub connection: Connection,

@@ -20,6 +20,11 @@ const BLOCK_BYTES: usize = 256 * 1024;
 /// Tokens of one block.
 const TOKENS: u32 = 16;
 
+/// tmpfs on every Linux.
+const ARENA_PARENT: &str = "/dev/shm";
+/// Enough for the largest session that can be asked for, as `kvkeepd` reads it.
+const ARENA_BYTES: &str = "256MiB";
+
 /// What one look at the session found.
 struct Seen {
     matched: u32,
@@ -45,10 +50,19 @@ async fn demo(args: &DemoArgs, out: &Output) -> Outcome {
     let began = Instant::now();
     let program = kvkeepd::find(args.kvkeepd.as_deref())?;
     let home = tempfile::Builder::new().prefix("kvkeep-demo-").tempdir()?;
+    // The arena has a folder of its own too, so that a killed server leaves none behind.
+    let arena = tempfile::Builder::new().prefix("kvkeep-demo-").tempdir_in(ARENA_PARENT)?;
     let log = home.path().join("kvkeepd.log");
+    let server_args = |listen: &str| {
+        let text = |path: &Path| path.to_string_lossy().into_owned();
+        let (data, arena) = (text(&home.path().join("data")), text(arena.path()));
+        ["--data-dir", &data, "--listen", listen, "--arena-dir", &arena, "--arena-bytes", ARENA_BYTES]
+            .map(str::to_owned)
+            .to_vec()
+    };
     let keys: Vec<Bytes> = (0..args.positions).map(|i| Bytes::from(format!("demo-session/{i:04}"))).collect();
 
-    let server = Kvkeepd::start(&program, &server_args(home.path(), &free_port()?), &log).await?;
+    let server = Kvkeepd::start(&program, &server_args(&free_port()?), &log).await?;
     let listen = server.listen.clone();
     say(out, "kvkeepd", &format!("serves on {listen} after {} (pid {})", seconds(began.elapsed()), server.pid))?;
 
@@ -73,7 +87,7 @@ async fn demo(args: &DemoArgs, out: &Output) -> Outcome {
     let killed = Instant::now();
     server.kill().await?;
     say(out, "kill -9", &format!("pid {pid} is gone"))?;
-    let server = Kvkeepd::start(&program, &server_args(home.path(), &listen), &log).await?;
+    let server = Kvkeepd::start(&program, &server_args(&listen), &log).await?;
     let restart = killed.elapsed();
     say(out, "kvkeepd", &format!("serves again after {} (pid {})", seconds(restart), server.pid))?;
 
@@ -121,11 +135,6 @@ async fn demo(args: &DemoArgs, out: &Output) -> Outcome {
         }
     }
     Ok(())
-}
-
-fn server_args(home: &Path, listen: &str) -> Vec<String> {
-    let data = home.join("data").to_string_lossy().into_owned();
-    ["--data-dir", &data, "--listen", listen].map(str::to_owned).to_vec()
 }
 
 /// A port that was free a moment ago.

@@ -9,7 +9,7 @@ use crate::checks::{self, Check, Level};
 use crate::failure::{Failure, Outcome};
 use crate::kvkeepd;
 use crate::output::{Output, table};
-use crate::session::Session;
+use crate::session::{self, Session};
 
 const OWN_VERSION: &str = env!("CARGO_PKG_VERSION");
 
@@ -48,15 +48,17 @@ pub async fn run(args: &DoctorArgs, connection: &Connection, out: &Output) -> Ou
 /// Does the endpoint answer, of which version is it, and what does it warn of? Also the data folder it uses.
 async fn server(connection: &Connection) -> (Vec<Check>, Option<PathBuf>) {
     const NAME: &str = "endpoint";
+    let endpoint = session::endpoint(connection);
     let session = match Session::open(connection).await {
         Ok(session) => session,
         Err(e) => {
-            let advice = e.advice().unwrap_or("see `kvkeepctl --help`").to_owned();
-            return (vec![Check::bad(NAME, format!("{}: {e}", connection.endpoint), advice)], None);
+            let advice = "start a node (`kvkeepd --data-dir DIR --listen ADDR`), name another one with --endpoint, or leave \
+                          this out with --offline";
+            return (vec![Check::bad(NAME, e.to_string(), advice)], None);
         }
     };
     let hello = session.client.hello();
-    let found = format!("{}: node {}, tenant {}", connection.endpoint, hello.node, hello.tenant);
+    let found = format!("{endpoint}: node {}, tenant {}", hello.node, hello.tenant);
     let mut checks = vec![Check::ok(NAME, found), judge_version("server", &hello.server)];
     match session.client.admin().status(&session.call).await {
         Ok(status) => {

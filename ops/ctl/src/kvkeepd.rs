@@ -42,7 +42,14 @@ impl Kvkeepd {
     /// Starts it and waits until it serves. What it says on standard error goes to `log`.
     pub async fn start(program: &Path, args: &[String], log: &Path) -> Outcome<Self> {
         let log_file = File::options().create(true).append(true).open(log)?;
-        let mut child = Command::new(program)
+        let mut command = Command::new(program);
+        // What the shell says to servers is not meant for this one.
+        for (name, _) in std::env::vars_os() {
+            if name.to_string_lossy().starts_with("KVKEEP_") {
+                command.env_remove(name);
+            }
+        }
+        let mut child = command
             .args(args)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

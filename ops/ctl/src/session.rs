@@ -9,6 +9,14 @@ use kvkeep_core::ids::{NamespaceId, Revision};
 use crate::args::Connection;
 use crate::failure::{Failure, Outcome};
 
+/// The endpoint that was named; an empty one (an empty environment variable) names none.
+pub fn endpoint(connection: &Connection) -> &str {
+    match connection.endpoint.as_str() {
+        "" => kvkeep_client::config::DEFAULT_ENDPOINT,
+        named => named,
+    }
+}
+
 /// A node that said hello.
 pub struct Session {
     pub client: Client,
@@ -20,7 +28,7 @@ impl Session {
     pub async fn open(connection: &Connection) -> Outcome<Self> {
         let deadline = Duration::from_millis(connection.timeout_ms);
         let config = ClientConfig {
-            endpoint: connection.endpoint.clone(),
+            endpoint: endpoint(connection).to_owned(),
             token: connection.token.as_ref().map(|t| t.0.clone()).filter(|t| !t.is_empty()),
             ca_file: connection.ca.clone(),
             name: concat!("kvkeepctl/", env!("CARGO_PKG_VERSION")).to_owned(),

@@ -8,8 +8,13 @@
 //! Every JSON names its schema and version. Timings are reported, never asserted.
 
 pub mod block_bytes;
+pub mod grpc;
 pub mod keys;
+pub mod load;
+pub mod main_job;
+pub mod matching;
 pub mod measure;
+pub mod node;
 pub mod progress;
 pub mod replay;
 pub mod trace;

@@ -92,7 +92,7 @@ struct Inner {
     shared: Arc<Shared>,
     grower: Option<JoinHandle<()>>,
     adoption: AdoptionReport,
-    in_memory: bool,
+    on_tmpfs: bool,
 }
 
 impl Drop for Inner {
@@ -122,9 +122,9 @@ impl Arena {
     pub fn open(config: ArenaConfig, adopt: &mut dyn FnMut(&BlockMeta, SlotRef) -> bool) -> Result<Self> {
         config.validate()?;
         let lock = Arc::new(FolderLock::take(&config.dir)?);
-        let in_memory = super::memory::is_in_memory(&config.dir)
+        let on_tmpfs = super::memory::is_on_tmpfs(&config.dir)
             .map_err(|e| grow::io_error("cannot look at the arena's file system", &config.dir, &e))?;
-        if !in_memory {
+        if !on_tmpfs {
             tracing::warn!(dir = %config.dir.display(), "the arena's folder is not on tmpfs: the kernel will write its pages to a disk");
         }
         let shared = Arc::new(Shared {
@@ -141,7 +141,7 @@ impl Arena {
             grow::first_file(&shared)?;
         }
         let grower = grow::spawn(Arc::clone(&shared))?;
-        Ok(Self(Arc::new(Inner { shared, grower: Some(grower), adoption, in_memory })))
+        Ok(Self(Arc::new(Inner { shared, grower: Some(grower), adoption, on_tmpfs })))
     }
 
     fn shared(&self) -> &Arc<Shared> {
@@ -158,9 +158,9 @@ impl Arena {
         &self.0.adoption
     }
 
-    /// Whether the folder is on a file system that lives in memory.
-    pub fn is_in_memory(&self) -> bool {
-        self.0.in_memory
+    /// Whether the folder is on tmpfs. Elsewhere the arena works, and the kernel writes its pages to a disk.
+    pub fn is_on_tmpfs(&self) -> bool {
+        self.0.on_tmpfs
     }
 
     /// A slot for `len` bytes in the domain of `tenant`. Never blocks and never evicts.

@@ -24,6 +24,9 @@ use crate::io::buf::{FixedBuf, IO_ALIGN, IoBuf, Region};
 /// Bytes of a unit: what a slot is rounded to, and what O_DIRECT wants.
 pub const UNIT_BYTES: usize = IO_ALIGN;
 
+/// Memory is populated in steps: the kernel holds the lock of the address space meanwhile, and other threads' `mmap` waits.
+const POPULATE_STEP_BYTES: usize = 16 << 20;
+
 /// One arena file, mapped. Unmapped when the last holder is gone.
 pub(super) struct Mapping {
     base: NonNull<u8>,
@@ -93,12 +96,15 @@ impl Mapping {
     }
 
     fn populate(&self, file: &File) -> io::Result<()> {
-        loop {
-            // SAFETY: our own mapping; populating keeps what the pages hold, and where memory is short it returns an error
-            // and no signal.
-            let rc = unsafe { libc::madvise(self.base.as_ptr().cast(), self.len, libc::MADV_POPULATE_WRITE) };
+        let mut at = 0;
+        while at < self.len {
+            let step = POPULATE_STEP_BYTES.min(self.len - at);
+            // SAFETY: a part of our own mapping; populating keeps what the pages hold, and where memory is short it returns
+            // an error and no signal.
+            let rc = unsafe { libc::madvise(self.base.as_ptr().add(at).cast(), step, libc::MADV_POPULATE_WRITE) };
             if rc == 0 {
-                return Ok(());
+                at += step;
+                continue;
             }
             match io::Error::last_os_error() {
                 e if e.kind() == io::ErrorKind::Interrupted => {}
@@ -111,6 +117,7 @@ impl Mapping {
                 e => return Err(e),
             }
         }
+        Ok(())
     }
 
     pub(super) fn len(&self) -> usize {
@@ -358,10 +365,9 @@ fn allocate(file: &File, len: usize) -> io::Result<()> {
     if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Whether `dir` lies on a file system that lives in memory.
-pub(super) fn is_in_memory(dir: &Path) -> io::Result<bool> {
+/// Whether `dir` lies on tmpfs.
+pub(super) fn is_on_tmpfs(dir: &Path) -> io::Result<bool> {
     const TMPFS_MAGIC: u64 = 0x0102_1994;
-    const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
     let dir = File::open(dir)?;
     // SAFETY: `statfs` is plain numbers, for which zeroes are valid.
     let mut answer: libc::statfs = unsafe { std::mem::zeroed() };
@@ -370,7 +376,7 @@ pub(super) fn is_in_memory(dir: &Path) -> io::Result<bool> {
         return Err(io::Error::last_os_error());
     }
     let kind = (answer.f_type as u64) & 0xffff_ffff;
-    Ok(kind == TMPFS_MAGIC || kind == HUGETLBFS_MAGIC)
+    Ok(kind == TMPFS_MAGIC)
 }
 
 /// The user this process acts as.

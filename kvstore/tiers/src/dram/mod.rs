@@ -94,10 +94,13 @@ impl Reserves {
     }
 }
 
+/// What a huge page of shared memory has, bytes.
+const HUGE_PAGE_BYTES: u64 = 2 << 20;
+
 /// How to open an arena.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ArenaConfig {
-    /// A folder of its own on tmpfs or hugetlbfs; made with mode 0700 where it is missing.
+    /// A folder of its own on tmpfs; made with mode 0700 where it is missing.
     pub dir: PathBuf,
     /// Most bytes that its files may have together, tables included.
     pub capacity_bytes: u64,
@@ -118,10 +121,12 @@ impl ArenaConfig {
     /// Bytes of a new file: the largest of 64 MiB, 1/64 of the arena and one slot, at most 1 GiB; of a small arena at most
     /// a quarter, so that it has room for [`FILES_MIN`] tenants, but always one slot.
     pub fn file_bytes(&self) -> u64 {
-        let unit = UNIT_BYTES as u64;
         let one = file::file_bytes_for_one(self.slot_bytes_max);
         let rule = FILE_BYTES_MIN.max(self.capacity_bytes / FILES_TARGET).min(FILE_BYTES_MAX);
-        (rule.min(self.capacity_bytes / FILES_MIN) / unit * unit).max(one)
+        let bytes = rule.min(self.capacity_bytes / FILES_MIN);
+        // Whole huge pages, unless the arena is tiny.
+        let step = if bytes >= 8 * HUGE_PAGE_BYTES { HUGE_PAGE_BYTES } else { UNIT_BYTES as u64 };
+        (bytes / step * step).max(one)
     }
 
     /// Checks the relations between the fields; the error names what disagrees.

@@ -7,12 +7,11 @@ use std::path::Path;
 
 use kvkeep_core::Result;
 
+use super::HUGE_PAGE_BYTES;
 use super::grow::{FixedRegion, io_error};
 use super::memory::UNIT_BYTES;
 
 const SMAPS: &str = "/proc/self/smaps";
-/// A huge page where shared memory has them, bytes.
-const HUGE_PAGE_BYTES: u64 = 2 << 20;
 
 /// The smallest page size of the regions' mappings; 4 KiB where there are none.
 pub(super) fn page_bytes(regions: &[FixedRegion]) -> Result<u64> {

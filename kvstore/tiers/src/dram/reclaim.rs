@@ -4,7 +4,7 @@
 //! the same tenant, and a whole file of another tenant, which is then replaced. The cheapest in live bytes wins. Nobody who
 //! was active in the last two windows loses its last extent: not another size of the same tenant, not another tenant.
 
-use std::collections::HashMap;
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 use kvkeep_core::SlotRef;
@@ -85,7 +85,7 @@ fn runs(state: &State, file: &ArenaFile, units: u32, now: Instant) -> Vec<Place>
     for first in 0..extents.len() {
         let mut place =
             Place { file: file.mapping.index(), starts: Vec::new(), foreign: false, fresh: false, live_bytes: 0 };
-        let mut per_size: HashMap<u32, u32> = HashMap::new();
+        let mut sizes = BTreeSet::new();
         for extent in &extents[first..] {
             if extent.shape.slot_units == units || extent.quarantined > 0 {
                 break;
@@ -93,11 +93,11 @@ fn runs(state: &State, file: &ArenaFile, units: u32, now: Instant) -> Vec<Place>
             place.starts.push(extent.shape.start);
             place.live_bytes += live_bytes(extent);
             place.fresh |= extent.draining.is_none();
-            *per_size.entry(extent.shape.slot_units).or_default() += 1;
+            sizes.insert(extent.shape.slot_units);
             let (from, to) = (extents[first].shape.start, extent.shape.end());
             let (before, after) = file.holes_beside(from, to);
             if slots_that_fit(to - from + before + after, units) > 0 {
-                if per_size.iter().all(|(size, gone)| may_lose(state, file, *size, *gone)) {
+                if sizes.iter().all(|size| may_lose(state, file, *size, &place)) {
                     places.push(place);
                 }
                 break;
@@ -107,17 +107,17 @@ fn runs(state: &State, file: &ArenaFile, units: u32, now: Instant) -> Vec<Place>
     places
 }
 
-/// Whether a size of the file's tenant keeps an extent, or does without.
-fn may_lose(state: &State, file: &ArenaFile, size: u32, gone: u32) -> bool {
+/// Whether a size of the file's tenant keeps an extent when those of `place` go, or does without.
+fn may_lose(state: &State, file: &ArenaFile, size: u32, place: &Place) -> bool {
     let Some(domain) = file.tenant.and_then(|t| state.domains.get(&t)) else { return false };
-    let has = domain.classes.get(&size).map_or(0, |c| c.extents);
-    has > gone
-        || !domain
-            .files
-            .iter()
-            .filter_map(|index| state.file(*index))
-            .flat_map(|f| f.extents.values())
-            .any(|e| e.shape.slot_units == size && e.live > 0 && is_active(e, state.window))
+    let of_size = || {
+        let files = domain.files.iter().filter_map(|index| state.file(*index));
+        files
+            .flat_map(|f| f.extents.values().map(|e| (f.mapping.index(), e)))
+            .filter(|(_, e)| e.shape.slot_units == size)
+    };
+    of_size().any(|(index, e)| e.draining.is_none() && (index != place.file || !place.starts.contains(&e.shape.start)))
+        || !of_size().any(|(_, e)| e.live > 0 && is_active(e, state.window))
 }
 
 /// Another tenant's file, where that tenant keeps an extent elsewhere or was not active.

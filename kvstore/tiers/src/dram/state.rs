@@ -390,7 +390,9 @@ impl State {
 
     fn no_slot(&mut self, config: &ArenaConfig, tenant: TenantId, units: u32, now: Instant) -> NoRoom {
         let want = u64::from(units) * UNIT_BYTES as u64;
-        self.doom_an_empty_file(tenant, now);
+        if !self.is_growing(config, now) {
+            self.doom_an_empty_file(tenant, now);
+        }
         if self.is_growing(config, now) {
             return NoRoom { reason: NoRoomReason::Growing, short_bytes: want, hint: None };
         }
@@ -481,5 +483,38 @@ impl State {
         if let Some(class) = self.domains.get_mut(&tenant).and_then(|d| d.classes.get_mut(&units)) {
             class.open.retain(|e| *e != (index, start));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_are_idle_when_nobody_used_them_for_a_whole_window() {
+        let began = Instant::now();
+        let mut state = State::new(began);
+        let tenant = TenantId(1);
+        state.count_extent(tenant, 4, 10, (0, 1));
+        let idle = |state: &State| state.domains[&tenant].classes[&4].idle();
+        let use_some = |state: &mut State, free: u64| {
+            let class = state.domains.get_mut(&tenant).expect("made above").classes.get_mut(&4).expect("made above");
+            class.free = free;
+            class.low = class.low.min(free);
+        };
+        let windows = |n: u32| began + WINDOW * n;
+        state.roll_window(windows(1) - Duration::from_millis(1));
+        assert_eq!(idle(&state), 0);
+        state.roll_window(windows(1));
+        assert_eq!(idle(&state), 0, "they have not been there for a whole window");
+        state.roll_window(windows(2));
+        assert_eq!(idle(&state), 10);
+        use_some(&mut state, 3);
+        use_some(&mut state, 9);
+        assert_eq!(idle(&state), 3);
+        state.roll_window(windows(3));
+        assert_eq!(idle(&state), 3, "seven were used within the last two windows");
+        state.roll_window(windows(4));
+        assert_eq!(idle(&state), 9);
     }
 }

@@ -1,6 +1,7 @@
 //! Room: who gets it, what is lost to rounding, and how a size or a tenant that has none comes to some.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use kvkeep_core::ids::TenantId;
 use kvkeep_core::{ErrorKind, SlotRef};
@@ -270,6 +271,30 @@ fn an_engine_hears_of_every_file_and_buffers_name_only_registered_ones() {
     put(&arena, B, 9000, 65_536).unwrap();
     assert!(arena.wait_settled(GROW_WAIT));
     assert!(told.0.lock().1 >= 1, "the file that changed hands was unregistered first");
+}
+
+#[test]
+fn an_arena_that_cannot_grow_serves_with_what_it_has_and_grows_when_it_can() {
+    let dir = folder();
+    let config = config(dir.path());
+    let arena = open_empty(&config);
+    // What stands in its way: a folder with the name of the next file.
+    let in_the_way = config.dir.join("arena-0002.slots");
+    std::fs::create_dir(&in_the_way).unwrap();
+    let slots = fill(&arena, A, 0, 65_536);
+    let usage = arena.usage();
+    assert!(usage.grow_failures > 0 && usage.file_bytes == 2 * config.file_bytes(), "{usage:?}");
+    assert!(slots.len() as u64 > usage.file_bytes / 65_536 / 10 * 8);
+    let refused = arena.reserve(A, 65_536, Purpose::Put).map(drop);
+    assert!(refused.is_err_and(|r| r.reason != NoRoomReason::Full), "memory is there, the system refuses it");
+    assert_adds_up(&arena);
+    std::fs::remove_dir(&in_the_way).unwrap();
+    let deadline = Instant::now() + GROW_WAIT;
+    while put(&arena, A, 9999, 65_536).is_err() {
+        assert!(Instant::now() < deadline, "it never tried again");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_adds_up(&arena);
 }
 
 #[test]

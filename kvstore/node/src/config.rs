@@ -477,14 +477,15 @@ mod tests {
     /// Breaks one relation at a time: each is refused with the name of a field in it.
     #[test]
     fn broken_relations_name_their_fields() {
-        let cases: Vec<(&str, Box<dyn Fn(&mut Config)>)> = vec![
-            ("low_watermark_percent", Box::new(|c| c.arena.low_watermark_percent = 40)),
-            ("lease_ttl_ms_max", Box::new(|c| c.limits.lease_ttl_ms_max = 1)),
-            ("deadline_ms_default", Box::new(|c| c.limits.deadline_ms_default = u32::MAX)),
-            ("batch_keys_max", Box::new(|c| c.limits.batch_keys_max = 0)),
-            ("reserved_bytes_max", Box::new(|c| c.limits.reserved_bytes_max = ByteSize::gib(9))),
-            ("arena.bytes", Box::new(|c| c.arena.bytes = ByteSize(1))),
-            ("tls_key", Box::new(|c| c.listen.tls_cert = Some("x".into()))),
+        type Change = fn(&mut Config);
+        let cases: [(&str, Change); 7] = [
+            ("low_watermark_percent", |c| c.arena.low_watermark_percent = 40),
+            ("lease_ttl_ms_max", |c| c.limits.lease_ttl_ms_max = 1),
+            ("deadline_ms_default", |c| c.limits.deadline_ms_default = u32::MAX),
+            ("batch_keys_max", |c| c.limits.batch_keys_max = 0),
+            ("reserved_bytes_max", |c| c.limits.reserved_bytes_max = ByteSize::gib(9)),
+            ("arena.bytes", |c| c.arena.bytes = ByteSize(1)),
+            ("tls_key", |c| c.listen.tls_cert = Some("x".into())),
         ];
         for (field, change) in cases {
             let mut c = resolved();

@@ -251,7 +251,8 @@ impl v1::blocks_server::Blocks for Blocks {
         }
         let chunk_max = self.store.config.limits.chunk_bytes_max;
         let chunk = if wish.chunk_bytes == 0 { chunk_max } else { wish.chunk_bytes.clamp(4096, chunk_max) };
-        Ok(Response::new(streams::get(Arc::clone(&self.store), call, handle, current, lease, reads, chunk as usize)))
+        let get = streams::Get { call, handle, current, lease, reads, chunk_bytes: chunk as usize };
+        Ok(Response::new(get.start(Arc::clone(&self.store))))
     }
 
     async fn reserve(&self, mut request: Request<v1::ReserveRequest>) -> Result<Response<v1::ReserveReply>, Status> {

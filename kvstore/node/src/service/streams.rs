@@ -25,83 +25,88 @@ const CHUNKS_AHEAD: usize = 4;
 /// Parts fetched at a time, whatever their size.
 const PARTS_AHEAD_MAX: usize = 64;
 
-/// Serves a get. Reads run ahead of the transport by `limits.get_read_ahead_bytes`; a client that goes away ends them.
-pub fn get(
-    store: Arc<Store>,
-    call: Call,
-    handle: Handle,
-    current: bool,
-    lease: Option<LeaseId>,
-    reads: Vec<PartRead>,
-    chunk_bytes: usize,
-) -> GetReplies {
-    let (replies, receiver) = mpsc::channel(CHUNKS_AHEAD);
-    tokio::spawn(serve(store, call, handle, current, lease, reads, chunk_bytes, replies));
-    ReceiverStream::new(receiver).boxed()
+/// One get, understood.
+pub struct Get {
+    /// Its call.
+    pub call: Call,
+    /// Namespace and revision.
+    pub handle: Handle,
+    /// The handle is at the namespace's revision; else every part is a miss.
+    pub current: bool,
+    /// The lease it leans on.
+    pub lease: Option<LeaseId>,
+    /// What is asked.
+    pub reads: Vec<PartRead>,
+    /// Data of one reply at most.
+    pub chunk_bytes: usize,
 }
 
 type Replies = mpsc::Sender<Result<v1::GetReply, Status>>;
 
-async fn serve(
-    store: Arc<Store>,
-    call: Call,
-    handle: Handle,
-    current: bool,
-    lease: Option<LeaseId>,
-    reads: Vec<PartRead>,
-    chunk_bytes: usize,
-    replies: Replies,
-) {
-    let total = reads.len();
-    let start = Instant::now();
-    let mut moved = [0u64; 2];
-    if current {
-        store.touch_once(lease, &call.context.info, &reads);
+impl Get {
+    /// Serves it. Reads run ahead of the transport by `limits.get_read_ahead_bytes`; a client that goes away ends them.
+    pub fn start(self, store: Arc<Store>) -> GetReplies {
+        let (replies, receiver) = mpsc::channel(CHUNKS_AHEAD);
+        tokio::spawn(self.serve(store, replies));
+        ReceiverStream::new(receiver).boxed()
     }
-    let width = store.parts_ahead(&reads).clamp(1, PARTS_AHEAD_MAX);
-    let mut fetches = futures_util::stream::iter(reads)
-        .map(|read| {
-            let store = Arc::clone(&store);
-            let caller = call.caller;
-            async move {
-                if current {
-                    store.fetch(caller, handle, read).await
-                } else {
-                    store.counters.missed(MissReason::Revision);
-                    Fetched::No(PartStatus::Miss, MissReason::Revision)
-                }
-            }
-        })
-        .buffered(width);
-    for item in 0..total {
-        let fetched = match tokio::time::timeout_at(call.deadline, fetches.next()).await {
-            Ok(Some(fetched)) => fetched,
-            Ok(None) => return,
-            Err(_) => {
-                // At the deadline, what arrived is the answer; the rest is named late.
-                for late in item..total {
-                    store.counters.missed(MissReason::Late);
-                    if replies.send(Ok(no(late, PartStatus::Miss, MissReason::Late))).await.is_err() {
-                        return;
+
+    async fn serve(self, store: Arc<Store>, replies: Replies) {
+        let Self { call, handle, current, lease, reads, chunk_bytes } = self;
+        let total = reads.len();
+        let start = Instant::now();
+        let mut moved = [0u64; 2];
+        if current {
+            store.touch_once(lease, &call.context.info, &reads);
+        }
+        let width = store.parts_ahead(&reads).clamp(1, PARTS_AHEAD_MAX);
+        let mut fetches = futures_util::stream::iter(reads)
+            .map(|read| {
+                let store = Arc::clone(&store);
+                let caller = call.caller;
+                async move {
+                    if current {
+                        store.fetch(caller, handle, read).await
+                    } else {
+                        store.counters.missed(MissReason::Revision);
+                        Fetched::No(PartStatus::Miss, MissReason::Revision)
                     }
                 }
-                return;
+            })
+            .buffered(width);
+        for item in 0..total {
+            let fetched = match tokio::time::timeout_at(call.deadline, fetches.next()).await {
+                Ok(Some(fetched)) => fetched,
+                Ok(None) => return,
+                Err(_) => return late(&store, item..total, &replies).await,
+            };
+            if let Fetched::Hit { range, tier, .. } = &fetched {
+                moved[usize::from(*tier != Tier::Dram)] += range.len() as u64;
             }
-        };
-        if let Fetched::Hit { range, tier, .. } = &fetched {
-            moved[usize::from(*tier != Tier::Dram)] += range.len() as u64;
+            for reply in spell(item, fetched, chunk_bytes) {
+                let failed = reply.is_err();
+                match tokio::time::timeout_at(call.deadline, replies.send(reply)).await {
+                    Ok(Ok(())) if !failed => {}
+                    // The client went away, the call failed, or the transport took no more before the deadline.
+                    _ => return,
+                }
+            }
         }
-        for reply in spell(item, fetched, chunk_bytes) {
-            let failed = reply.is_err();
-            if replies.send(reply).await.is_err() || failed {
-                return;
-            }
+        match moved {
+            [dram, 0] => store.rates.dram_moved(dram, start.elapsed()),
+            [0, nvme] => store.rates.nvme_moved(nvme, start.elapsed()),
+            _ => {}
         }
     }
-    match moved {
-        [dram, 0] => store.rates.dram_moved(dram, start.elapsed()),
-        [0, nvme] => store.rates.nvme_moved(nvme, start.elapsed()),
-        _ => {}
+}
+
+/// At the deadline, what arrived is the answer; the rest is named late.
+async fn late(store: &Store, items: std::ops::Range<usize>, replies: &Replies) {
+    for item in items {
+        store.counters.missed(MissReason::Late);
+        if replies.try_send(Ok(no(item, PartStatus::Miss, MissReason::Late))).is_err() {
+            return;
+        }
     }
 }
 

@@ -234,7 +234,7 @@ impl Store {
         metrics::gauge!("kvkeep_reservations").set(f64::from(stats.reservations));
         metrics::gauge!("kvkeep_reserved_bytes").set(stats.reserved_bytes as f64);
         metrics::gauge!("kvkeep_dirty_bytes").set(self.behind.dirty_bytes() as f64);
-        metrics::gauge!("kvkeep_nvme_reads_in_flight").set(self.flights.len() as f64);
+        metrics::gauge!("kvkeep_nvme_reads_in_flight").set(self.flights.under_way() as f64);
         metrics::gauge!("kvkeep_connections").set(f64::from(self.instances.open()));
         metrics::gauge!("kvkeep_watchers").set(f64::from(self.watchers.load(Ordering::Relaxed)));
     }

@@ -28,7 +28,7 @@ pub struct Flights(Arc<Mutex<Waiters>>);
 
 impl Flights {
     /// How many reads are under way.
-    pub fn len(&self) -> usize {
+    pub fn under_way(&self) -> usize {
         self.0.lock().len()
     }
 

@@ -62,7 +62,7 @@ impl Store {
         }
         let (reservations, reserved_bytes) = {
             let r = self.reservations.lock();
-            (r.len() as u32, r.bytes())
+            (r.count() as u32, r.bytes())
         };
         let mut counters = HashMap::new();
         self.counters.each(|name, value| {
@@ -160,7 +160,8 @@ impl Store {
                     version: p.version.0,
                     tiers: [(p.dram, Tier::Dram), (p.nvme, Tier::Nvme)]
                         .into_iter()
-                        .filter_map(|(here, tier)| here.then(|| convert::tier_to_proto(tier)))
+                        .filter(|(here, _)| *here)
+                        .map(|(_, tier)| convert::tier_to_proto(tier))
                         .collect(),
                 })
                 .collect(),

@@ -18,6 +18,9 @@ use kvkeep_tiers::dram::Purpose;
 use super::put::Caller;
 use super::{SLICE_KEYS, Store};
 
+/// A lease, and how long it runs from now.
+pub type Held = (LeaseId, Duration);
+
 /// One chain to be matched.
 #[derive(Clone, Debug)]
 pub struct MatchWish {
@@ -45,7 +48,7 @@ pub struct Matched {
     /// Tokens up to the boundary.
     pub boundary_tokens: u64,
     /// What was taken.
-    pub lease: Option<(LeaseId, Duration)>,
+    pub lease: Option<Held>,
     /// Declared cost of computing those tokens, microseconds; 0: not declared.
     pub recompute_us: u64,
     /// Estimated time to load them, microseconds.
@@ -106,7 +109,7 @@ impl Store {
             boundary_tokens,
             lease: outcome.lease.and_then(|id| Some((id, self.left_of(id)?))),
             recompute_us: boundary_tokens * u64::from(namespace.format.prefill_us_per_token),
-            load_us: self.rates.load_us(outcome.dram_bytes, outcome.nvme_bytes, self.flights.len() as u64),
+            load_us: self.rates.load_us(outcome.dram_bytes, outcome.nvme_bytes, self.flights.under_way() as u64),
             outcome,
         })
     }
@@ -130,7 +133,7 @@ impl Store {
         digests: &[Digest],
         ttl: Duration,
         info: &RequestInfo,
-    ) -> Result<(Option<(LeaseId, Duration)>, Vec<PartStatus>)> {
+    ) -> Result<(Option<Held>, Vec<PartStatus>)> {
         let ask = self.ask(caller, request, handle, ttl);
         let mut granted = None;
         let mut statuses = Vec::with_capacity(digests.len());

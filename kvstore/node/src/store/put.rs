@@ -246,14 +246,13 @@ impl Store {
         }
         let id = BlockId { digest: site.digest, group: part.group, shard: part.shard };
         let mut upgrade = false;
-        if let Some(found) = self.directory.lock().locate(&id.digest, id.group, id.shard) {
-            if found.fidelity <= wish.fidelity {
-                if found.class >= wish.class {
-                    let tier = if found.slot.is_some() { Tier::Dram } else { Tier::Nvme };
-                    return Ok(PartAnswer::Present { tier, class: found.class, version: found.version });
-                }
-                upgrade = true;
+        let found = self.directory.lock().locate(&id.digest, id.group, id.shard);
+        if let Some(found) = found.filter(|f| f.fidelity <= wish.fidelity) {
+            if found.class >= wish.class {
+                let tier = if found.slot.is_some() { Tier::Dram } else { Tier::Nvme };
+                return Ok(PartAnswer::Present { tier, class: found.class, version: found.version });
             }
+            upgrade = true;
         }
         if let Some(ends) = self.reservations.lock().in_progress(&id) {
             let left = ends.since(self.clock.monotonic());

@@ -58,7 +58,7 @@ pub fn meta(n: u64, tenant: TenantId, bytes: &[u8]) -> BlockMeta {
         class: if n.is_multiple_of(2) { Class::Cache } else { Class::Durable },
         fidelity: Fidelity::Exact,
         position: n as u32,
-        parent: (n % 4 != 0).then(|| digest(n - 1)),
+        parent: (!n.is_multiple_of(4)).then(|| digest(n - 1)),
         len: bytes.len() as u32,
         sums: ChunkSums::of(bytes),
     }

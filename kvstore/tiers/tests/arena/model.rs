@@ -56,7 +56,8 @@ struct Block {
 
 #[derive(Default)]
 struct Model {
-    next: u64,
+    /// Payload by number of the block.
+    written: Vec<Vec<u8>>,
     reserved: Vec<(u64, Reserved)>,
     live: HashMap<SlotRef, Block>,
     /// Pins outlive what they pin.
@@ -89,17 +90,17 @@ impl Model {
             Op::Reserve { tenant, len, purpose } => {
                 let Ok(mut reserved) = reserve(arena, TenantId(tenant), len, PURPOSES[purpose]) else { return };
                 assert_eq!(reserved.len(), len);
-                let n = self.next;
-                self.next += 1;
-                reserved.write_at(0, &payload(n, len)).unwrap();
+                let n = self.written.len() as u64;
+                self.written.push(payload(n, len));
+                reserved.write_at(0, &self.written[n as usize]).unwrap();
                 self.reserved.push((n, reserved));
             }
             Op::Publish(i) => {
                 let Some((n, reserved)) = pick(&mut self.reserved, i) else { return };
                 let (tenant, len) = (reserved.tenant(), reserved.len());
-                let bytes = payload(n, len);
+                let bytes = &self.written[n as usize];
                 assert!(reserved.bytes().unwrap() == bytes, "a reserved slot keeps what was written");
-                let slot = reserved.publish(&meta(n, tenant, &bytes)).unwrap();
+                let slot = reserved.publish(&meta(n, tenant, bytes)).unwrap();
                 assert!(self.live.insert(slot, Block { n, tenant, len }).is_none());
             }
             Op::Abandon(i) => drop(pick(&mut self.reserved, i)),
@@ -177,10 +178,10 @@ impl Model {
             assert!(pair[0].0 + pair[0].1 <= pair[1].0, "two live slots share memory");
         }
         for (n, pinned) in &self.pins {
-            assert!(**pinned == *payload(*n, pinned.len()), "a pinned slot changed");
+            assert!(**pinned == *self.written[*n as usize], "a pinned slot changed");
         }
         for (n, from, bytes) in &self.bytes {
-            assert!(*bytes == payload(*n, from + bytes.len())[*from..], "lent bytes changed");
+            assert!(*bytes == self.written[*n as usize][*from..], "lent bytes changed");
         }
         drop(pins);
         assert_adds_up(arena);

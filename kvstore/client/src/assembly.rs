@@ -64,9 +64,9 @@ impl Landing for Owned {
 }
 
 /// Lands each part in a buffer of the caller's.
-pub(crate) struct Into<'a, 'b>(pub(crate) &'a mut [&'b mut [u8]]);
+pub(crate) struct Lent<'a, 'b>(pub(crate) &'a mut [&'b mut [u8]]);
 
-impl Landing for Into<'_, '_> {
+impl Landing for Lent<'_, '_> {
     fn has_room(&mut self, item: usize, total: u64) -> bool {
         self.0[item].len() as u64 >= total
     }

@@ -7,7 +7,7 @@ use kvkeep_core::ids::{GroupId, LeaseId, ShardId, Version};
 use kvkeep_core::{Fidelity, MissReason, PartStatus, Tier};
 use kvkeep_proto::v1;
 
-use crate::assembly::{Assembly, Bounds, Into, Landing, Owned};
+use crate::assembly::{Assembly, Bounds, Landing, Lent, Owned};
 use crate::call::Call;
 use crate::client::{Safety, Tries, count};
 use crate::connection::blocks;
@@ -195,7 +195,7 @@ impl Namespace {
             .with("buffers", buffers.len())
             .into());
         }
-        let headers = self.fetch(items, lease, call, &mut Into(buffers)).await?;
+        let headers = self.fetch(items, lease, call, &mut Lent(buffers)).await?;
         Ok(headers
             .into_iter()
             .zip(items)

@@ -1,18 +1,19 @@
 //! `put`: reserve, write, commit. Reserve says what is needed before bytes are sent; bytes then stream straight from the
 //! caller's buffers, and their checksums are made on the way.
 
+mod chunks;
+
 use std::collections::HashMap;
 use std::ops::Range;
 use std::time::Duration;
 
 use bytes::Bytes;
-use kvkeep_core::checksum::SUM_CHUNK_BYTES;
 use kvkeep_core::ids::{GroupId, ShardId, Version};
 use kvkeep_core::{Class, ErrorKind as CoreKind, Tier};
 use kvkeep_proto::v1;
 use kvkeep_proto::v1::part_answer::Answer;
-use tokio::sync::oneshot;
 
+use self::chunks::{CHUNK_BYTES, Chunks, PartSums};
 use crate::call::Call;
 use crate::client::{Safety, Tries};
 use crate::connection::blocks;
@@ -20,8 +21,6 @@ use crate::convert::{self, Retention};
 use crate::error::{Error, ErrorKind, Result};
 use crate::namespace::Namespace;
 
-/// Data of one chunk that we send, bytes: one HTTP/2 frame.
-const CHUNK_BYTES: usize = 1 << 20;
 /// Time that giving reservations back may take after a put failed; the server frees them by itself in the end.
 const RELEASE_TIME: Duration = Duration::from_millis(500);
 
@@ -131,9 +130,6 @@ impl PartOutcome {
         matches!(self, Self::Stored { .. } | Self::AlreadyPresent { .. })
     }
 }
-
-/// Checksums of the parts that were sent, by reservation.
-type PartSums = Vec<(u64, Vec<u32>)>;
 
 /// A part that has to be committed.
 struct Slot {
@@ -409,101 +405,4 @@ fn read_result(result: v1::CommitResult) -> Result<PartOutcome> {
         },
         (false, None) => return Err(Error::protocol("a committed part has no version")),
     })
-}
-
-/// Cuts parts into chunks, without copying, and sums them while they are sent. Made chunk by chunk as the connection takes
-/// them, so no more than the connection's window is ever in flight.
-struct Chunks {
-    parts: std::vec::IntoIter<(u64, Bytes)>,
-    current: Option<(u64, Bytes, u64)>,
-    chunk_bytes: usize,
-    running: Vec<u32>,
-    sums: PartSums,
-    done: Option<oneshot::Sender<PartSums>>,
-}
-
-impl Chunks {
-    fn new(parts: Vec<(u64, Bytes)>, chunk_bytes: usize) -> (Self, oneshot::Receiver<PartSums>) {
-        let (done, sums) = oneshot::channel();
-        // Whole 64 KiB, so that a sum never spans two chunks. Servers that allow less get no sums (`sum` then stays out).
-        let chunk_bytes = match chunk_bytes / SUM_CHUNK_BYTES {
-            0 => chunk_bytes.max(1),
-            n => n * SUM_CHUNK_BYTES,
-        };
-        let chunks = Self {
-            parts: parts.into_iter(),
-            current: None,
-            chunk_bytes,
-            running: Vec::new(),
-            sums: Vec::new(),
-            done: Some(done),
-        };
-        (chunks, sums)
-    }
-}
-
-impl Iterator for Chunks {
-    type Item = v1::WriteRequest;
-
-    fn next(&mut self) -> Option<v1::WriteRequest> {
-        let (reservation_id, mut rest, offset) = match self.current.take() {
-            Some(current) => current,
-            None => match self.parts.next() {
-                Some((id, data)) => (id, data, 0),
-                None => {
-                    if let Some(done) = self.done.take() {
-                        let _ = done.send(std::mem::take(&mut self.sums)); // nobody waits any more: nothing to tell
-                    }
-                    return None;
-                }
-            },
-        };
-        let data = rest.split_to(rest.len().min(self.chunk_bytes));
-        if self.chunk_bytes.is_multiple_of(SUM_CHUNK_BYTES) {
-            self.running.extend(data.chunks(SUM_CHUNK_BYTES).map(crc32fast::hash));
-        }
-        if rest.is_empty() {
-            self.sums.push((reservation_id, std::mem::take(&mut self.running)));
-        } else {
-            self.current = Some((reservation_id, rest, offset + data.len() as u64));
-        }
-        Some(v1::WriteRequest { reservation_id, offset, data })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use kvkeep_core::ChunkSums;
-    use proptest::prelude::*;
-
-    proptest! {
-        #[test]
-        fn chunks_carry_every_byte_once_in_order_and_the_sums_of_whole_parts(
-            lens in proptest::collection::vec(1usize..300_000, 1..5),
-            chunk_bytes in 60_000usize..400_000,
-        ) {
-            let parts: Vec<(u64, Bytes)> = lens
-                .iter()
-                .enumerate()
-                .map(|(i, len)| (i as u64 + 1, (0..*len).map(|b| (b * 31 + i) as u8).collect()))
-                .collect();
-            let (chunks, mut sums) = Chunks::new(parts.clone(), chunk_bytes);
-            let mut landed = vec![Vec::new(); parts.len()];
-            for chunk in chunks {
-                let part = &mut landed[chunk.reservation_id as usize - 1];
-                prop_assert_eq!(chunk.offset, part.len() as u64);
-                prop_assert!(!chunk.data.is_empty() && chunk.data.len() <= chunk_bytes);
-                part.extend_from_slice(&chunk.data);
-            }
-            let sums = sums.try_recv().unwrap();
-            for (((id, data), landed), (sum_id, sum)) in parts.iter().zip(&landed).zip(&sums) {
-                prop_assert_eq!(data, landed);
-                prop_assert_eq!(id, sum_id);
-                if chunk_bytes >= SUM_CHUNK_BYTES {
-                    prop_assert!(ChunkSums::of(data).as_slice() == sum.as_slice());
-                }
-            }
-        }
-    }
 }

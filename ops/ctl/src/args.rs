@@ -42,7 +42,7 @@ pub struct Connection {
     pub token: Option<Secret>,
     /// PEM file of the certificate authority of an https endpoint
     #[arg(long, global = true, env = "KVKEEP_CA", value_name = "FILE")]
-    pub ca: Option<PathBuf>,
+    pub ca: Option<String>,
     /// Longest wait for an answer, in milliseconds
     #[arg(long, global = true, default_value_t = 10_000, value_name = "MS",
           value_parser = clap::value_parser!(u64).range(1..=3_600_000))]
@@ -88,7 +88,7 @@ pub enum Command {
         /// The position's key
         key: KeyArg,
     },
-    /// What is here (a snapshot), or with --follow what is stored and removed from now on
+    /// What is here (a snapshot), or with --follow the events that the node remembers and those to come
     Events(EventsArgs),
     /// Checks stored blocks against their checksums
     Scrub {
@@ -177,13 +177,13 @@ pub struct EventsArgs {
     /// Only this namespace
     #[arg(long, short)]
     pub namespace: Option<String>,
-    /// Go on with what changes, until interrupted
+    /// The events that the node still remembers, then those to come, until interrupted
     #[arg(long, short)]
     pub follow: bool,
-    /// With --follow: first what is here
+    /// With --follow: begin with what is here instead
     #[arg(long, requires = "follow")]
     pub snapshot: bool,
-    /// With --follow: go on after this event
+    /// With --follow: begin after this event
     #[arg(long, requires = "follow", conflicts_with = "snapshot", value_name = "SEQUENCE")]
     pub after: Option<u64>,
     /// End after so many events

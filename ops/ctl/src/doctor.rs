@@ -52,8 +52,7 @@ async fn server(connection: &Connection) -> (Vec<Check>, Option<PathBuf>) {
     let session = match Session::open(connection).await {
         Ok(session) => session,
         Err(e) => {
-            let advice = "start a node (`kvkeepd --data-dir DIR --listen ADDR`), name another one with --endpoint, or leave \
-                          this out with --offline";
+            let advice = e.advice().unwrap_or("--offline leaves this out").to_owned();
             return (vec![Check::bad(NAME, e.to_string(), advice)], None);
         }
     };

@@ -73,7 +73,8 @@ fn event_json(e: &wire::Event) -> serde_json::Value {
 fn event_line(e: &wire::Event) -> String {
     format!(
         "{:>8}  {:<8}  {:<5}  ns {}.{}  {}  position {}  {}",
-        e.sequence,
+        // Those of a snapshot have no place in the sequence.
+        if e.sequence == 0 { "-".to_owned() } else { e.sequence.to_string() },
         what(e),
         show::tier(e.tier),
         e.handle.unwrap_or_default().namespace_id,

@@ -69,10 +69,14 @@ impl fmt::Display for Failure {
 impl From<kvkeep_client::Error> for Failure {
     fn from(e: kvkeep_client::Error) -> Self {
         let (code, advice) = match e.kind() {
+            ErrorKind::Unreachable if e.to_string().contains("certificate") => (
+                Code::Unreachable,
+                Some("the server's certificate is not one that --ca (KVKEEP_CA) vouches for under this host name"),
+            ),
             ErrorKind::Unreachable | ErrorKind::Late => (
                 Code::Unreachable,
                 Some(
-                    "is kvkeepd running there? Name another node with --endpoint or KVKEEP_ENDPOINT; `kvkeepctl doctor` checks this machine",
+                    "start a node (`kvkeepd --data-dir DIR --listen ADDR`), or name another with --endpoint or KVKEEP_ENDPOINT",
                 ),
             ),
             ErrorKind::Refused(CoreKind::Denied) => (Code::Failed, Some("give a token with the right by KVKEEP_TOKEN")),

@@ -1,5 +1,6 @@
 //! One run's connection, and which namespace is meant.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use kvkeep_client::{Call, Client, ClientConfig, Namespace, wire};
@@ -30,7 +31,7 @@ impl Session {
         let config = ClientConfig {
             endpoint: endpoint(connection).to_owned(),
             token: connection.token.as_ref().map(|t| t.0.clone()).filter(|t| !t.is_empty()),
-            ca_file: connection.ca.clone(),
+            ca_file: connection.ca.as_ref().filter(|f| !f.is_empty()).map(PathBuf::from),
             name: concat!("kvkeepctl/", env!("CARGO_PKG_VERSION")).to_owned(),
             deadline,
             ..ClientConfig::default()

@@ -227,7 +227,7 @@ proptest! {
         let items: Vec<_> = all.iter().map(Stored::item).collect();
         let mut memory = vec![vec![0; room]; items.len()];
         let mut buffers: Vec<&mut [u8]> = memory.iter_mut().map(Vec::as_mut_slice).collect();
-        let mut landing = Into(&mut buffers);
+        let mut landing = Lent(&mut buffers);
         let mut assembly = Assembly::new(&items, BOUNDS);
         for reply in replies {
             if assembly.is_complete() || assembly.feed(0, reply, &mut landing).is_err() {

@@ -95,7 +95,8 @@ pub struct GotPart {
     pub reason: Option<MissReason>,
     /// When to ask again, where the server named a time.
     pub retry_after: Option<Duration>,
-    /// The bytes asked for; empty unless a hit.
+    /// The bytes asked for; empty unless a hit. They may share memory with the parts that arrived beside them: copy what is
+    /// small and kept for long.
     pub data: Bytes,
     /// Size of the whole part, bytes.
     pub part_bytes: u64,

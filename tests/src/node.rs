@@ -37,6 +37,8 @@ pub struct Options {
     pub nvme: String,
     /// More of the environment.
     pub environment: Vec<(String, String)>,
+    /// A command that the server's path and arguments are appended to, and that ends by running it (`exec`).
+    pub wrapper: Vec<String>,
 }
 
 impl Default for Options {
@@ -49,6 +51,7 @@ impl Default for Options {
             limits: String::new(),
             nvme: String::new(),
             environment: Vec::new(),
+            wrapper: Vec::new(),
         }
     }
 }
@@ -189,7 +192,15 @@ impl Node {
     /// The command that starts it, without its output.
     fn command(&self) -> Command {
         let config = self.write_config();
-        let mut command = Command::new(binary("kvkeepd"));
+        let server = binary("kvkeepd");
+        let mut command = match self.options.wrapper.split_first() {
+            Some((program, arguments)) => {
+                let mut command = Command::new(program);
+                command.args(arguments).arg(server);
+                command
+            }
+            None => Command::new(server),
+        };
         command.arg("--config").arg(config);
         command.arg("--data-dir").arg(self.data_dir());
         command.arg("--arena-dir").arg(self.memory.path());

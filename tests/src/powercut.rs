@@ -13,9 +13,6 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-use rand::SeedableRng as _;
-use rand::rngs::StdRng;
-
 use crate::Node;
 pub use undo::Lost;
 
@@ -85,26 +82,126 @@ impl PowerCut {
         node.options_mut().environment.push(("KVKEEP_POWERCUT_IGNORE_FSYNC".into(), paths.into()));
     }
 
-    /// SIGKILL, then takes back what the seed says of what no flush covered. DRAM is gone too.
+    /// SIGKILL, then takes back of what no flush covered as much as `cut` says. DRAM is gone too.
     ///
     /// # Panics
     /// If the log cannot be read, or something in it cannot be undone.
-    pub fn cut(&self, node: &mut Node, seed: u64) -> Lost {
+    pub fn cut(&self, node: &mut Node, cut: Cut) -> Lost {
         node.kill();
-        let records = log::read(&self.log);
-        let mut rng = StdRng::seed_from_u64(seed);
-        let lost = undo::undo(&records, &self.watched, &self.graves(), &mut rng);
-        fs::remove_file(&self.log).expect("the log can be removed");
-        fs::remove_dir_all(self.graves()).expect("the graves can be removed");
+        let lost = take_back(&self.log, &self.watched, cut);
         for arena in crate::leaks::names(node.arena_dir()) {
             fs::remove_dir_all(node.arena_dir().join(arena)).expect("arena files can be removed");
         }
         lost
     }
+}
 
-    fn graves(&self) -> PathBuf {
-        let mut name = self.log.clone().into_os_string();
-        name.push(".graves");
-        name.into()
+/// How much of what no flush covered is lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cut {
+    /// Everything.
+    Everything,
+    /// What this seed draws.
+    Seeded(u64),
+}
+
+/// Takes back what the log has, below `watched`; then the log is gone.
+fn take_back(log: &Path, watched: &Path, cut: Cut) -> Lost {
+    let mut graves = log.to_owned().into_os_string();
+    graves.push(".graves");
+    let graves = PathBuf::from(graves);
+    let records = log::read(log);
+    let lost = undo::undo(&records, watched, &graves, cut);
+    fs::remove_file(log).expect("the log can be removed");
+    fs::remove_dir_all(graves).expect("the graves can be removed");
+    lost
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::fs::File;
+    use std::io::Write as _;
+    use std::os::unix::fs::FileExt as _;
+
+    use super::*;
+
+    const FOLDER: &str = "KVKEEP_POWERCUT_CHILD";
+    const PAGE: usize = 4096;
+
+    /// What a process under the shim does to the folder before its power is cut. Not a test of its own: the test below
+    /// runs this executable again for it.
+    #[test]
+    #[ignore = "the other test runs it"]
+    fn child() {
+        let Ok(folder) = std::env::var(FOLDER) else { return };
+        let at = |name: &str| Path::new(&folder).join(name);
+        let sync_names = || File::open(&folder).unwrap().sync_all().unwrap();
+        let new = |name: &str, data: &[u8]| {
+            let mut file = File::create(at(name)).unwrap();
+            file.write_all(data).unwrap();
+            file
+        };
+        // Flushed, names too.
+        let pages = new("pages", &[b'a'; 2 * PAGE]);
+        pages.sync_data().unwrap();
+        new("renamed", b"old").sync_all().unwrap();
+        new("removed", b"kept").sync_all().unwrap();
+        sync_names();
+        // Not flushed.
+        pages.write_all_at(&[b'b'; PAGE], 0).unwrap();
+        pages.write_all_at(&[b'c'; PAGE], 2 * PAGE as u64).unwrap();
+        new("nameless", b"flushed under a name that is not").sync_all().unwrap();
+        new("renamed.new", b"new").sync_all().unwrap();
+        fs::rename(at("renamed.new"), at("renamed")).unwrap();
+        fs::remove_file(at("removed")).unwrap();
+        fs::create_dir(at("folder")).unwrap();
+        std::process::abort();
+    }
+
+    /// The state of the folder after a cut, in words.
+    fn after(cut: Cut) -> Result<BTreeSet<String>, &'static str> {
+        let shim = shim()?;
+        let folder = crate::node::disk_folder();
+        let (watched, log) = (folder.path().join("watched"), folder.path().join("log"));
+        fs::create_dir(&watched).unwrap();
+        let status = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "powercut::tests::child", "--ignored", "--nocapture"])
+            .env(FOLDER, &watched)
+            .env("LD_PRELOAD", shim)
+            .env("KVKEEP_POWERCUT_DIR", &watched)
+            .env("KVKEEP_POWERCUT_LOG", &log)
+            .output()
+            .unwrap()
+            .status;
+        assert!(status.code().is_none(), "the child aborts, it does not fail: {status}");
+        take_back(&log, &watched, cut);
+        let mut state = BTreeSet::new();
+        for name in crate::leaks::names(&watched) {
+            let data = fs::read(watched.join(&name)).unwrap_or_default();
+            let pages: String = data.chunks(PAGE).map(|page| char::from(page[0])).collect();
+            assert!(data.chunks(PAGE).all(|page| page.len() < PAGE || page.iter().all(|b| *b == page[0])), "a torn page");
+            state.insert(format!("{name}={}", if name == "pages" { &pages } else { std::str::from_utf8(&data).unwrap() }));
+        }
+        Ok(state)
+    }
+
+    #[test]
+    fn the_shim_loses_what_no_flush_covered_and_nothing_else() {
+        let everything = match after(Cut::Everything) {
+            Ok(state) => state,
+            Err(why) => return crate::skipped("the_shim_loses_what_no_flush_covered", why),
+        };
+        assert_eq!(everything, ["pages=aa", "removed=kept", "renamed=old"].map(String::from).into());
+        let mut all = BTreeSet::new();
+        for seed in 0..48 {
+            all.extend(after(Cut::Seeded(seed)).expect("there is a shim"));
+        }
+        // Each change alone, and none that was not made. `\0`: a page of a file that grew and whose bytes did not arrive.
+        let expected = [
+            "folder=", "nameless=flushed under a name that is not", "pages=aa", "pages=aac", "pages=aa\0", "pages=ba",
+            "pages=bac", "pages=ba\0", "removed=kept", "renamed.new=new", "renamed=new", "renamed=old",
+        ];
+        assert_eq!(all, expected.map(String::from).into());
     }
 }

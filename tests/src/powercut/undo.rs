@@ -6,9 +6,10 @@ use std::io;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
-use rand::Rng as _;
 use rand::rngs::StdRng;
+use rand::{Rng as _, SeedableRng as _};
 
+use super::Cut;
 use super::log::{Record, What};
 
 /// What arrives or does not as one, bytes.
@@ -56,7 +57,11 @@ fn survivors(mood: Mood, changes: usize, rng: &mut StdRng) -> usize {
 }
 
 /// Takes back a part of what no flush covered, below `watched`.
-pub(super) fn undo(records: &[Record], watched: &Path, graves: &Path, rng: &mut StdRng) -> Lost {
+pub(super) fn undo(records: &[Record], watched: &Path, graves: &Path, cut: Cut) -> Lost {
+    let (rng, everything) = match cut {
+        Cut::Everything => (&mut StdRng::seed_from_u64(0), true),
+        Cut::Seeded(seed) => (&mut StdRng::seed_from_u64(seed), false),
+    };
     let mut lost = Lost::default();
     let mut covered: HashMap<(u64, bool), u64> = HashMap::new();
     for record in records {
@@ -83,8 +88,8 @@ pub(super) fn undo(records: &[Record], watched: &Path, graves: &Path, rng: &mut 
     let mut paths = HashMap::new();
     find_inodes(watched, &mut paths);
     find_inodes(graves, &mut paths);
-    let whole = mood(rng);
-    let mut one = |rng: &mut StdRng| if whole == Mood::Mix { mood(rng) } else { whole };
+    let whole = if everything { Mood::LoseAll } else { mood(rng) };
+    let one = |rng: &mut StdRng| if whole == Mood::Mix { mood(rng) } else { whole };
     for (inode, changes) in files {
         let mood = one(rng);
         lost.changes_at_risk += changes.len() as u64;

@@ -5,13 +5,14 @@ use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use kvkeep_core::error::{Error, ErrorKind, Result};
 
 use super::config::{NvmeConfig, SyncPoint, lock_path, segment_no};
-use super::entry::{INDEX_KEY_BYTES, IndexEntry};
+use super::entry::{EntryError, INDEX_KEY_BYTES, IndexEntry, IndexKey};
 use super::extents::{Extents, Misfit};
 use super::index::{Change, Index};
 use super::place::{Extent, SEGMENT_UNITS_MAX, SegmentNo, Sequence, UNIT_BYTES};
@@ -25,6 +26,14 @@ use crate::io::{Disk, FileId};
 const DROP_BATCH: usize = 4096;
 /// Overlaps that are looked into. More than that is no stray entry but an index that does not belong to these segments.
 const CONFLICTS_MAX: usize = 100_000;
+
+/// Entries that the scanning thread hands over at a time.
+const SCAN_BATCH: usize = 1024;
+/// Batches that it may be ahead.
+const BATCHES_AHEAD_MAX: usize = 8;
+
+/// An entry, or the key of one that cannot be believed.
+type Found = Result<IndexEntry, (IndexKey, EntryError)>;
 
 /// What the owner of the store wants of an entry found at open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -181,31 +190,54 @@ impl Opening<'_> {
         })
     }
 
+    /// One thread reads and decodes, this one claims extents and shows the blocks: together they take as long as the
+    /// slower of the two.
     fn entries(&mut self) -> Result<()> {
-        let mut failed = None;
         let index = self.index;
-        index.scan(&[], &mut |key, value| {
-            let Ok(key) = <&[u8; INDEX_KEY_BYTES]>::try_from(key) else { return ControlFlow::Continue(()) };
-            match IndexEntry::decode(key, value) {
+        thread::scope(|scope| {
+            let (found, batches) = mpsc::sync_channel::<Vec<Found>>(BATCHES_AHEAD_MAX);
+            let scan = scope.spawn(move || {
+                let mut batch = Vec::with_capacity(SCAN_BATCH);
+                // Nobody listens any more once the other side has failed; it knows why.
+                index.scan(&[], &mut |key, value| {
+                    let Ok(key) = <&IndexKey>::try_from(key) else { return ControlFlow::Continue(()) };
+                    batch.push(IndexEntry::decode(key, value).map_err(|why| (*key, why)));
+                    if batch.len() < SCAN_BATCH {
+                        return ControlFlow::Continue(());
+                    }
+                    match found.send(std::mem::replace(&mut batch, Vec::with_capacity(SCAN_BATCH))) {
+                        Ok(()) => ControlFlow::Continue(()),
+                        Err(_) => ControlFlow::Break(()),
+                    }
+                })?;
+                let _ = found.send(batch);
+                Ok(())
+            });
+            let taken = self.take(batches);
+            let scanned = scan.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            taken.and(scanned)
+        })
+    }
+
+    fn take(&mut self, batches: mpsc::Receiver<Vec<Found>>) -> Result<()> {
+        for found in batches.into_iter().flatten() {
+            match found {
                 Ok(entry) => self.entry(entry),
-                Err(e) => {
-                    tracing::debug!(error = %e, "damaged nvme index entry dropped");
+                Err((key, why)) => {
+                    tracing::debug!(error = %why, "damaged nvme index entry dropped");
                     self.report.dropped_damaged += 1;
                     self.drops.push(Change::Delete(key.to_vec()));
                 }
             }
             if self.drops.len() >= DROP_BATCH {
-                failed = self.drop_now().err();
+                self.drop_now()?;
             }
             if self.conflicts.len() > CONFLICTS_MAX {
-                failed = Some(
-                    Error::new(ErrorKind::Corrupt, "the nvme index does not belong to these segments")
-                        .with("overlapping_entries", self.conflicts.len()),
-                );
+                return Err(Error::new(ErrorKind::Corrupt, "the nvme index does not belong to these segments")
+                    .with("overlapping_entries", self.conflicts.len()));
             }
-            if failed.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-        })?;
-        failed.map_or(Ok(()), Err)
+        }
+        Ok(())
     }
 
     fn entry(&mut self, entry: IndexEntry) {

@@ -5,8 +5,7 @@ use std::path::Path;
 
 use kvkeep_core::error::{Error, ErrorKind, Result};
 use rocksdb::{
-    BlockBasedOptions, Cache, DB, DBCompressionType, Direction, IteratorMode, Options, ReadOptions, WriteBatch,
-    WriteBufferManager, WriteOptions,
+    BlockBasedOptions, Cache, DB, DBCompressionType, Options, ReadOptions, WriteBatch, WriteBufferManager, WriteOptions,
 };
 
 use super::index::{Change, Index, Visit};
@@ -119,12 +118,15 @@ impl Index for RocksIndex {
         options.set_readahead_size(SCAN_READAHEAD_BYTES);
         // A scan of everything would push everything else out of the cache.
         options.fill_cache(false);
-        for item in self.db.iterator_opt(IteratorMode::From(from, Direction::Forward), options) {
-            let (key, value) = item.map_err(|e| error("cannot scan the nvme index", &e))?;
-            if visit(&key, &value) == ControlFlow::Break(()) {
-                break;
+        // The raw iterator lends keys and values where the other one copies each.
+        let mut at = self.db.raw_iterator_opt(options);
+        at.seek(from);
+        while let Some((key, value)) = at.item() {
+            if visit(key, value) == ControlFlow::Break(()) {
+                return Ok(());
             }
+            at.next();
         }
-        Ok(())
+        at.status().map_err(|e| error("cannot scan the nvme index", &e))
     }
 }

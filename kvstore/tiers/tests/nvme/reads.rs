@@ -48,7 +48,7 @@ async fn a_buffer_or_range_that_does_not_fit_is_refused() {
     let store = rig.open();
     let b = block(1, 1, 100_000, Class::Cache);
     let place = b.put(&store).await.unwrap();
-    for (chunks, bytes) in [(0..2, 4096), (0..3, 102_400), (1..1, 0), (2..1, 0), (5..9, 0), (0..usize::MAX, 102_400)] {
+    for (chunks, bytes) in [(0..2, 4096), (0..3, 102_400), (1..1, 0), (5..9, 0), (0..usize::MAX, 102_400)] {
         let read = store.get_chunks(&b.expect(), place, chunks.clone(), IoBuf::alloc(bytes)).await;
         assert!(matches!(&read, Read::Io(e) if e.kind() == ErrorKind::InvalidArgument), "{chunks:?}: {read:?}");
     }

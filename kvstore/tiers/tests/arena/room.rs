@@ -36,6 +36,17 @@ fn a_uniform_workload_strands_at_most_a_twentieth() {
 }
 
 #[test]
+fn files_follow_the_rule_of_their_size() {
+    let rule = |capacity, slot| ArenaConfig::new("/nowhere", capacity, slot).file_bytes();
+    assert_eq!(rule(1024 * MIB, MIB), 64 * MIB);
+    assert_eq!(rule(16_384 * MIB, MIB), 256 * MIB, "a sixty-fourth");
+    assert_eq!(rule(512 * 1024 * MIB, MIB), 1024 * MIB, "never more than a registered buffer may have");
+    assert_eq!(rule(100 * MIB, MIB), 24 * MIB, "a quarter of a small arena, in whole huge pages");
+    let large = rule(1024 * MIB, 128 * MIB);
+    assert!(large > 128 * MIB && large < 129 * MIB, "one slot and its table: {large}");
+}
+
+#[test]
 fn an_arena_takes_memory_only_as_it_is_used() {
     let dir = folder();
     let config = ArenaConfig::new(dir.path().join("arena"), 32 * MIB, 512 * KIB);

@@ -23,6 +23,8 @@ const LOG_LINES: usize = 40;
 /// How a node is set up. [`Options::default`] is small and quick.
 #[derive(Clone, Debug)]
 pub struct Options {
+    /// Where it listens.
+    pub listen: String,
     /// Bytes of the arena.
     pub arena_bytes: u64,
     /// Bytes of the NVMe store.
@@ -44,6 +46,7 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         Self {
+            listen: "127.0.0.1:0".into(),
             arena_bytes: 128 << 20,
             nvme_bytes: 256 << 20,
             no_io_uring: false,
@@ -135,12 +138,12 @@ impl Node {
 
     /// Segment files.
     pub fn segments_dir(&self) -> PathBuf {
-        self.data_dir().join("segments")
+        self.data_dir().join("nvme/segments")
     }
 
     /// RocksDB.
     pub fn index_dir(&self) -> PathBuf {
-        self.data_dir().join("index")
+        self.data_dir().join("nvme/index")
     }
 
     /// Where arena files lie, in a folder of their own.
@@ -204,7 +207,7 @@ impl Node {
         command.arg("--config").arg(config);
         command.arg("--data-dir").arg(self.data_dir());
         command.arg("--arena-dir").arg(self.memory.path());
-        command.args(["--listen", "127.0.0.1:0"]);
+        command.args(["--listen", &self.options.listen]);
         command.arg("--arena-bytes").arg(self.options.arena_bytes.to_string());
         command.arg("--nvme-bytes").arg(self.options.nvme_bytes.to_string());
         command.args(["--keep-free-bytes", "0"]);
@@ -311,7 +314,7 @@ impl Node {
     ///
     /// # Panics
     /// If it does not run, or does not stop with success.
-    pub fn terminate(&mut self) {
+    pub async fn terminate(&mut self) {
         self.signal(libc::SIGTERM);
         let mut child = self.child.take().expect("the server runs");
         self.address = None;
@@ -325,7 +328,8 @@ impl Node {
                 let _ = child.wait();
                 panic!("kvkeepd did not stop\n{}", self.log());
             }
-            std::thread::sleep(Duration::from_millis(5));
+            // Clients of this test must be able to hear that the server closes.
+            tokio::time::sleep(Duration::from_millis(5)).await;
         };
         assert!(status.success(), "kvkeepd stopped with {status}\n{}", self.log());
     }

@@ -176,7 +176,7 @@ async fn a_segment_deleted_or_truncated_while_down_is_misses_and_the_node_starts
         assert!(!holding.is_empty());
         holding.iter().for_each(|path| harm(path));
         assert!(found_then_mended(&mut node, &keys).await < keys.len());
-        node.terminate();
+        node.terminate().await;
         leaks::no_stray_files(&node);
     }
 }
@@ -206,7 +206,7 @@ async fn a_flipped_bit_of_the_index_never_brings_wrong_bytes() {
         // The log is replayed at the start; later rounds have it in a table.
         if round % 2 == 1 {
             node.restart();
-            node.terminate();
+            node.terminate().await;
             forget_memory(&node);
         }
         let big: Vec<_> = files(&node.index_dir())
@@ -247,7 +247,7 @@ async fn a_full_disk_refuses_and_loses_nothing() {
     }
     let mut node = Node::new(Options { nvme_bytes: 512 << 20, ..Options::default() });
     fs::create_dir_all(node.data_dir()).unwrap();
-    let mount = "mount -t tmpfs -o size=100m tmpfs \"$0\" && exec \"$@\"";
+    let mount = "mount -t tmpfs -o size=200m tmpfs \"$0\" && exec \"$@\"";
     let data_dir = node.data_dir().display().to_string();
     node.options_mut().wrapper = ["unshare", "--mount", "sh", "-c", mount].map(String::from).to_vec();
     node.options_mut().wrapper.push(data_dir);
@@ -256,7 +256,7 @@ async fn a_full_disk_refuses_and_loses_nothing() {
     let client = node.client().await;
     let ns = super::namespace(&client, &formats::plain(1 << 20)).await;
     let (mut kept, mut refused) = (Vec::new(), 0);
-    for chain in 0..160 {
+    for chain in 0..400 {
         let keys = payload::chain(chain, 1);
         let call = Call::default().within(Duration::from_secs(3));
         match ns.put(&super::put_of(&keys, 1 << 20, Class::Durable), &call).await {
@@ -267,7 +267,7 @@ async fn a_full_disk_refuses_and_loses_nothing() {
             break;
         }
     }
-    assert!(refused > 0 && kept.len() >= 32, "{refused} refused, {} kept", kept.len());
+    assert!(refused > 0 && kept.len() >= 64, "{refused} refused, {} kept", kept.len());
     assert_eq!(super::found(&ns, &kept, 1 << 20).await, kept.len());
     let found = ns.match_chain(&MatchQuery::of(kept[..1].to_vec()), &Call::default()).await.unwrap();
     assert_eq!(found.boundary_positions, 1);

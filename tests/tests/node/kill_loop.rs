@@ -55,7 +55,7 @@ pub async fn nothing_leaked(node: &mut Node, clients: &mut [Workload]) {
         workload.remove_everything(&ns).await;
     }
     leaks::nothing_is_left(&client).await;
-    node.terminate();
+    node.terminate().await;
     leaks::no_stray_files(node);
 }
 

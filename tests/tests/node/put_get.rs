@@ -146,7 +146,7 @@ async fn a_range_is_what_the_whole_block_has_there() {
 
 #[tokio::test]
 async fn blocks_of_1_kib_and_of_128_mib_come_back() {
-    let node = Node::start(Options { arena_bytes: 768 << 20, nvme_bytes: 1 << 30, ..Options::default() });
+    let node = Node::start(Options { arena_bytes: 1 << 30, nvme_bytes: 1 << 30, ..Options::default() });
     let client = node.client().await;
     let ns = super::namespace(&client, &formats::any_size(128 << 20)).await;
     for (chain, bytes, class) in [(1, 1024, Class::Cache), (2, 128 << 20, Class::Durable), (3, 1, Class::Durable)] {

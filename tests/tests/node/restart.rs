@@ -18,7 +18,7 @@ async fn after_a_clean_stop_everything_is_there_and_the_warm_set_comes_back() {
     super::store(&ns, &cached, BYTES, Class::Cache).await;
     super::store(&ns, &durable, BYTES, Class::Durable).await;
     for _ in 0..2 {
-        node.terminate();
+        node.terminate().await;
         leaks::no_stray_files(&node);
         node.restart();
         let client = node.client().await;
@@ -110,7 +110,7 @@ async fn a_removal_outlives_a_crash_and_gives_its_room_back() {
         assert_eq!(super::found(&ns, &keys, 1 << 20).await, 0);
         leaks::nothing_is_left(&client).await;
     }
-    node.terminate();
+    node.terminate().await;
     leaks::no_stray_files(&node);
 }
 
@@ -148,7 +148,7 @@ async fn a_damaged_catalogue_is_refused_and_its_backup_brings_everything_back() 
     let ns = super::namespace(&client, &formats::plain(4096)).await;
     let keys = payload::chain(1, 8);
     super::store(&ns, &keys, 4096, Class::Durable).await;
-    node.terminate();
+    node.terminate().await;
     let path = node.data_dir().join("catalogue");
     let good = fs::read(&path).unwrap();
     let mut flipped = good.clone();

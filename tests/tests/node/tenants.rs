@@ -96,8 +96,8 @@ async fn only_an_admin_asks_the_admin_service() {
 
 #[test]
 fn beyond_loopback_without_tls_and_tokens_it_does_not_start() {
-    let node = Node::new(Options::default());
-    let (status, said) = node.second(&["--listen", "0.0.0.0:0"]);
+    let node = Node::new(Options { listen: "0.0.0.0:0".into(), ..Options::default() });
+    let (status, said) = node.second(&[]);
     assert!(!status.success());
     assert!(said.contains("TLS") && said.contains("tokens"), "{said}");
     assert!(!node.data_dir().exists(), "a refusal leaves nothing behind");

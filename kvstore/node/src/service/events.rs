@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use crate::store::Store;
+use crate::store::{SLICE_KEYS, Store};
 use crate::store::put::Caller;
 
 /// Batches of one watcher.
@@ -131,7 +131,7 @@ impl Watcher {
             let handle = namespace.handle();
             let mut cursor = Some(0);
             while let Some(at) = cursor {
-                let (views, next) = self.store.scan(handle, at);
+                let (views, next) = self.store.scan(handle, at, SLICE_KEYS);
                 cursor = next;
                 let events = self.spell_views(handle, &views).await;
                 if !events.is_empty() {

@@ -129,8 +129,9 @@ impl Store {
         let mut out = Vec::new();
         let mut looked = 0;
         loop {
-            let (views, next) = self.scan(handle, cursor);
-            looked += SLICE_KEYS;
+            let count = (page - out.len()).min(SLICE_KEYS);
+            let (views, next) = self.scan(handle, cursor, count);
+            looked += count;
             let positions: Vec<_> = views.iter().map(|v| (v.digest, handle)).collect();
             for (view, key) in views.iter().zip(self.keys_of(&positions).await) {
                 if let Some(key) = key.filter(|k| k.as_bytes().starts_with(prefix)) {

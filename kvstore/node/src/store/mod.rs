@@ -292,9 +292,9 @@ impl Store {
         &self.watchers
     }
 
-    /// At most [`SLICE_KEYS`] readable positions of a handle, and where the next slice begins.
-    pub fn scan(&self, handle: Handle, cursor: u32) -> (Vec<PositionView>, Option<u32>) {
-        let (mut views, next) = self.directory.lock().scan(cursor, SLICE_KEYS as u32);
+    /// The readable positions of a handle among the next `count` (at most [`SLICE_KEYS`]), and where the next slice begins.
+    pub fn scan(&self, handle: Handle, cursor: u32, count: usize) -> (Vec<PositionView>, Option<u32>) {
+        let (mut views, next) = self.directory.lock().scan(cursor, count.min(SLICE_KEYS) as u32);
         views.retain(|v| v.handle == handle);
         (views, next)
     }

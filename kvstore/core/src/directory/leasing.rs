@@ -12,8 +12,8 @@ use super::entry::{EntryId, Level};
 
 impl Directory {
     /// Leases those of `digests` that are here (at least one part), in the lease that `ask` names; each position newly
-    /// in it counts as accessed at `accessed`, on the policy's clock. Returns the lease (`None`: nothing was here and no such lease was) and, per digest,
-    /// whether it is held now.
+    /// in it counts as accessed. `now` is on the clock of leases, `accessed` on the policy's. Returns the lease (`None`:
+    /// nothing was here and no such lease was) and, per digest, whether it is held now.
     ///
     /// # Errors
     /// `Throttled` or `TooLarge` naming the bound, with nothing taken; `Expired` for a lease at the end of its life.

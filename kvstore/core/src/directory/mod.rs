@@ -27,6 +27,13 @@ pub(crate) mod slab;
 mod spare;
 mod upkeep;
 
+#[cfg(test)]
+mod model_tests;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeSet, HashMap};
 
 use crate::block::{BlockMeta, NvmePlace, SlotRef};
@@ -336,7 +343,7 @@ impl Directory {
         // What stood for its children until now had the largest index that they allow.
         e.position = e.position.min(meta.position);
         let (home, position, now) = (e.home, e.position, e.last_access);
-        let Some(parent) = meta.parent.filter(|_| position > 0) else { return };
+        let Some(parent) = meta.parent.filter(|parent| position > 0 && *parent != meta.id.digest) else { return };
         let parent = match self.slab.find(&parent) {
             Some(parent) => parent,
             // At the bound the position stands alone.
@@ -377,9 +384,6 @@ impl Directory {
         };
         *self.homes.get_mut(e.home).usage.bytes_mut(level) += u64::from(part.len);
         self.after_change(entry, None);
-        if level == Level::Nvme && self.slab[entry].resident(Level::Dram) {
-            self.policy.freed(&mut self.slab, entry, Level::Dram);
-        }
         true
     }
 
@@ -443,9 +447,7 @@ impl Directory {
     /// lists, and whether the entry itself stays. The only place that does.
     fn after_change(&mut self, id: EntryId, reason: Option<MissReason>) {
         let e = &mut self.slab[id];
-        let was_durable = e.has(Entry::DURABLE);
-        let durable = e.class() == Class::Durable;
-        e.set(Entry::DURABLE, durable);
+        e.set(Entry::DURABLE, e.class() == Class::Durable);
         for level in Level::BOTH {
             let (was, is) = {
                 let e = &mut self.slab[id];
@@ -466,8 +468,11 @@ impl Directory {
                 }
             }
         }
-        if was_durable && !durable && self.slab[id].resident(Level::Nvme) {
-            self.policy.freed(&mut self.slab, id, Level::Nvme);
+        // A weaker class, or a copy on NVMe at last, may have been what kept it.
+        for level in Level::BOTH {
+            if self.slab[id].resident(level) {
+                self.policy.freed(&mut self.slab, id, level);
+            }
         }
         if self.slab[id].parts.is_empty() {
             self.leave_seats(id);

@@ -130,6 +130,13 @@ impl Directory {
         StaleSlice { stale, next: (end < self.slab.end()).then_some(end) }
     }
 
+    /// Brings what is known of these positions into the processor's cache and says how many are here. Before a batch of
+    /// inserts (of an index being opened, with the parents' digests) it lets look-ups that would wait for memory one after
+    /// the other wait together.
+    pub fn warm<'a>(&self, digests: impl Iterator<Item = &'a Digest>) -> usize {
+        digests.filter(|d| self.slab.find(d).is_some()).count()
+    }
+
     /// Handles with tracked positions, and what they hold.
     pub fn usages(&self) -> Vec<(Handle, Usage)> {
         self.homes.iter().map(|h| (h.handle, h.usage)).collect()

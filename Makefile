@@ -72,8 +72,15 @@ unit: ## Every Rust test (dev profile)
 python: ## Stock gRPC from Python against a node, where tests/python is
 	@if [[ -x tests/python/run.sh ]]; then $(WITH) cargo build --bins $(LOCK) -p kvkeep-node && tests/python/run.sh; fi
 
+# Each prints its floor and its figures; their flags and defaults stand at the head of their files.
+EXAMPLES := kvkeep-core/directory_cost kvkeep-tiers/arena_cost kvkeep-tiers/index_open kvkeep-tiers/device_bench \
+            kvkeep-bench/generator_speed
+
 .PHONY: bench
 bench: build ## The measured bars: gRPC against a bare service, match, and the benches beside the code
-	@$(BIN)/kvkeep-bench grpc $(ARGS)
-	@$(BIN)/kvkeep-bench match $(ARGS)
-	@$(WITH) cargo bench --workspace $(LOCK)
+	@$(BIN)/kvkeep-bench grpc
+	@$(BIN)/kvkeep-bench match
+	@for example in $(EXAMPLES); do \
+	  printf '\nkvkeep: %s\n' "$$example" >&2; \
+	  $(WITH) cargo run --quiet --release $(LOCK) -p "$${example%/*}" --example "$${example#*/}"; \
+	done

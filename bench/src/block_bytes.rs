@@ -7,8 +7,8 @@
 //! word i of a block = table[(start + i) mod TABLE_WORDS]      exponents, sampled once; `start` comes from the seed
 //!                   ^ wyrand(seed + i * STEP) & SIGN_MANTISSA  noise of this block alone
 //! ```
-//! Floor: one multiplication and two loads per 8 bytes; it must stay far above what one connection carries (`the_generator`
-//! in `benches/`), or the bench would measure itself.
+//! Floor: one multiplication and two loads per 8 bytes. It must stay far above what one connection carries, or the bench
+//! would measure itself: `examples/generator_speed.rs`.
 
 use std::hash::Hasher as _;
 use std::sync::OnceLock;

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use kvkeep_bench::{grpc, load, main_job, matching, replay};
+use tokio::signal::unix::{SignalKind, signal};
 
 /// Load, replay and comparisons for KVKeep.
 #[derive(Parser)]
@@ -30,15 +31,33 @@ enum Command {
     BareServer(grpc::bare::BareCommand),
 }
 
-#[tokio::main]
-async fn main() -> ExitCode {
-    let result = match Cli::parse().command {
+async fn run(command: Command) -> anyhow::Result<bool> {
+    match command {
         Command::Replay(c) => replay::command(c).await,
         Command::Main(c) => main_job::command(c).await,
         Command::Load(c) => load::command(c).await,
         Command::Grpc(c) => grpc::command(c).await,
         Command::Match(c) => matching::command(c).await,
         Command::BareServer(c) => grpc::bare::command(c).await,
+    }
+}
+
+/// Returns at SIGTERM.
+async fn terminated() {
+    match signal(SignalKind::terminate()) {
+        Ok(mut term) => drop(term.recv().await),
+        // Then SIGTERM ends the program as it always does.
+        Err(_) => std::future::pending().await,
+    }
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    // Dropping a command's future ends the processes that it started and removes their folders.
+    let result = tokio::select! {
+        result = run(Cli::parse().command) => result,
+        _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),
+        () = terminated() => Err(anyhow::anyhow!("terminated")),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,

@@ -25,7 +25,7 @@ const LOOK_PERIOD: Duration = Duration::from_millis(10);
 
 /// Flags of `kvkeep-bench main`.
 #[derive(Args, Debug)]
-#[command(mut_arg("durable_share", |a| a.default_value("0.25")), mut_arg("sessions", |a| a.default_value("400")))]
+#[command(mut_arg("durable_share", |a| a.default_value("0.25")), mut_arg("sessions", |a| a.default_value("1200")))]
 pub struct MainCommand {
     #[command(flatten)]
     replay: ReplayArgs,
@@ -94,7 +94,7 @@ pub async fn command(mut command: MainCommand) -> anyhow::Result<bool> {
     let data = DataDir::open(command.data_dir.as_deref())?;
     let more = ["--arena-bytes", &command.arena_bytes.to_string(), "--nvme-bytes", &command.nvme_bytes.to_string()]
         .map(str::to_owned);
-    let recipe = Recipe::kvkeepd(command.kvkeepd.as_deref(), data.path(), &more)?;
+    let recipe = Recipe::kvkeepd(command.kvkeepd.as_deref(), &data, &more)?;
     let node = recipe.start("127.0.0.1:0").await?;
     let first_start_s = node.start_took.as_secs_f64();
     eprintln!(
@@ -126,7 +126,8 @@ pub async fn command(mut command: MainCommand) -> anyhow::Result<bool> {
     node.stop().await?;
 
     let replay = ReplayReport::new(&shared.plan, &outcome);
-    let gb = replay.bytes_moved() as f64 / 1e9;
+    // The final check reads too, and both sides' CPU time holds it.
+    let gb = (replay.bytes_verified + replay.bytes_written()) as f64 / 1e9;
     let per_gb = |seconds: f64| if gb > 0.0 { seconds / gb } else { 0.0 };
     let cpu_s_per_gb = CpuPerGb {
         server: per_gb(server_cpu),

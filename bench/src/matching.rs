@@ -11,12 +11,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use bytes::Bytes;
 use clap::Args;
-use kvkeep_client::{Call, Client, ClientConfig, GetItem, MatchQuery, Namespace, PartOutcome, Put, PutPosition, wire};
+use kvkeep_client::convert::format_to_proto;
+use kvkeep_client::{Call, Client, ClientConfig, MatchQuery, Namespace, PartOutcome, Put, PutPosition, wire};
 use kvkeep_core::{GroupId, ShardId};
 use rand::Rng as _;
 use serde::Serialize;
 
 use crate::block_bytes::{self, Seed};
+use crate::grpc::stock::Stock;
 use crate::keys::PrefixId;
 use crate::load::any_size_format;
 use crate::measure::{Latencies, LatencySummary, load_average, median};
@@ -27,6 +29,8 @@ use crate::replay::report::write_json;
 const BLOCK_BYTES: usize = 1024;
 /// Bytes of the blocks that the foreground gets.
 const FOREGROUND_BYTES: usize = 64 << 10;
+/// Blocks that the foreground chooses from.
+const FOREGROUND_BLOCKS: u64 = 64;
 /// Positions put by one call.
 const PUT_POSITIONS: usize = 1024;
 /// Keys of the measured match.
@@ -105,7 +109,8 @@ struct Bench {
     command: MatchCommand,
     node: Node,
     namespace: Namespace,
-    /// A second client, so that background batches travel on connections of their own.
+    /// Clients of their own, so that foreground and background do not share a connection.
+    foreground: Stock,
     background: Namespace,
     chains: Vec<Vec<Bytes>>,
 }
@@ -167,7 +172,7 @@ fn position(id: u64, bytes: usize) -> PutPosition {
 impl Bench {
     async fn start(command: MatchCommand, data: &DataDir) -> anyhow::Result<Self> {
         let more = ["--arena-bytes", "1GiB", "--no-nvme"].map(str::to_owned);
-        let node = Recipe::kvkeepd(command.kvkeepd.as_deref(), data.path(), &more)?.start("127.0.0.1:0").await?;
+        let node = Recipe::kvkeepd(command.kvkeepd.as_deref(), data, &more)?.start("127.0.0.1:0").await?;
         let format = any_size_format(FOREGROUND_BYTES as u64);
         let open = async || -> anyhow::Result<Namespace> {
             let client = Client::connect(ClientConfig::to(node.endpoint())).await?;
@@ -190,12 +195,14 @@ impl Bench {
             }
         }
         let foreground = Put {
-            positions: (0..64).map(|n| position(u64::MAX - n, FOREGROUND_BYTES)).collect(),
+            positions: (0..FOREGROUND_BLOCKS).map(|n| position(u64::MAX - n, FOREGROUND_BYTES)).collect(),
             unordered: true,
             ..Put::default()
         };
         store(&namespace, &foreground).await?;
-        Ok(Self { command, node, namespace, background, chains })
+        let mut stock = Stock::connect(&node.endpoint()).await?;
+        stock.greet("match", format_to_proto(&format)).await?;
+        Ok(Self { command, node, namespace, foreground: stock, background, chains })
     }
 
     /// Latency of matches of so many keys, one after the other, and the server's CPU microseconds per call.
@@ -260,7 +267,7 @@ impl Bench {
             });
         }
         Ok(Foreground {
-            what: "get of one 64 KiB block, one in flight",
+            what: "get of one 64 KiB block by a stock client, one in flight",
             background: format!("{:.0} matches of {BACKGROUND_KEYS} keys per second", self.command.background_rate),
             ratio_median: median(&pairs.iter().map(|p| p.ratio).collect::<Vec<_>>()),
             pairs,
@@ -277,12 +284,12 @@ impl Bench {
         });
         let ends = Instant::now() + Duration::from_millis(self.command.window_ms);
         let mut latency = Latencies::default();
+        let mut client = self.foreground.clone();
         while Instant::now() < ends {
-            let id = u64::MAX - rand::rng().random_range(0..64);
+            let id = u64::MAX - rand::rng().random_range(0..FOREGROUND_BLOCKS);
             let began = Instant::now();
-            let parts = self.namespace.get(&[GetItem::of(key(id))], None, &Call::default()).await?;
+            client.get(&[key(id)], FOREGROUND_BYTES).await?;
             latency.note(began.elapsed());
-            ensure!(parts.iter().all(kvkeep_client::GotPart::is_hit), "a foreground block is gone");
         }
         over.store(true, Ordering::Release);
         if let Some(running) = running {

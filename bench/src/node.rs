@@ -56,10 +56,13 @@ pub fn beside(name: &str, named: Option<&Path>) -> anyhow::Result<PathBuf> {
 
 impl Recipe {
     /// A `kvkeepd` over a data folder.
-    pub fn kvkeepd(named: Option<&Path>, data_dir: &Path, more: &[String]) -> anyhow::Result<Self> {
-        let mut args: Vec<OsString> = vec!["--data-dir".into(), data_dir.into()];
+    pub fn kvkeepd(named: Option<&Path>, data: &DataDir, more: &[String]) -> anyhow::Result<Self> {
+        let mut args: Vec<OsString> = vec!["--data-dir".into(), data.path().into()];
+        if let DataDir::Fresh { arena: Some(arena), .. } = data {
+            args.extend(["--arena-dir".into(), arena.path().into()]);
+        }
         args.extend(more.iter().map(OsString::from));
-        Ok(Self { program: beside("kvkeepd", named)?, args, log: data_dir.join("kvkeepd.log") })
+        Ok(Self { program: beside("kvkeepd", named)?, args, log: data.path().join("kvkeepd.log") })
     }
 
     /// Starts it on `listen` and waits until it serves.
@@ -146,8 +149,18 @@ pub enum DataDir {
     /// Kept.
     Named(PathBuf),
     /// Removed with this value.
-    Fresh(tempfile::TempDir),
+    Fresh {
+        /// On a disk.
+        data: tempfile::TempDir,
+        /// In memory, for the arena: a killed node leaves its files there.
+        arena: Option<tempfile::TempDir>,
+    },
 }
+
+/// Where Linux has a file system in memory.
+const SHARED_MEMORY: &str = "/dev/shm";
+/// What our folders begin with.
+const PREFIX: &str = "kvkeep-bench-";
 
 impl DataDir {
     /// Makes it.
@@ -158,19 +171,20 @@ impl DataDir {
         }
         let own = std::env::current_exe().context("where is this program?")?;
         let mut builder = tempfile::Builder::new();
-        builder.prefix("kvkeep-bench-");
-        let beside = own.parent().map(|folder| builder.tempdir_in(folder));
-        Ok(Self::Fresh(match beside {
+        builder.prefix(PREFIX);
+        let data = match own.parent().map(|folder| builder.tempdir_in(folder)) {
             Some(Ok(dir)) => dir,
             _ => builder.tempdir().context("a folder for the node's data")?,
-        }))
+        };
+        // Without one the node finds a place of its own.
+        Ok(Self::Fresh { data, arena: builder.tempdir_in(SHARED_MEMORY).ok() })
     }
 
     /// Where it is.
     pub fn path(&self) -> &Path {
         match self {
             Self::Named(path) => path,
-            Self::Fresh(dir) => dir.path(),
+            Self::Fresh { data, .. } => data.path(),
         }
     }
 }

@@ -190,7 +190,7 @@ impl Bench {
         } else {
             more.push("--no-nvme".to_owned());
         }
-        let node = Recipe::kvkeepd(command.kvkeepd.as_deref(), data.path(), &more)?.start("127.0.0.1:0").await?;
+        let node = Recipe::kvkeepd(command.kvkeepd.as_deref(), data, &more)?.start("127.0.0.1:0").await?;
         let own = Recipe {
             program: std::env::current_exe()?,
             args: ["bare-server", "--block-bytes", &command.block_bytes.0.to_string()].map(Into::into).to_vec(),

@@ -51,7 +51,7 @@ pub struct Outcome {
     pub acknowledged: u64,
     /// What became of them; `None` where nothing was promised.
     pub checked: Option<Checked>,
-    /// CPU seconds of this process meanwhile.
+    /// CPU seconds of this process, the check of what was promised included.
     pub cpu_seconds: f64,
 }
 
@@ -115,7 +115,6 @@ pub async fn run(shared: &Arc<Shared>, workload: Workload) -> anyhow::Result<Out
     if let Some(e) = failed {
         return Err(e);
     }
-    let cpu_seconds = crate::measure::own_cpu_seconds() - cpu;
     let acknowledged = shared.ledger.len() as u64;
     let checked = if acknowledged == 0 {
         None
@@ -128,6 +127,7 @@ pub async fn run(shared: &Arc<Shared>, workload: Workload) -> anyhow::Result<Out
         tally.parts_wrong += checker.tally.parts_wrong;
         Some(checked)
     };
+    let cpu_seconds = crate::measure::own_cpu_seconds() - cpu;
     Ok(Outcome { tally, took, source: workload.source, acknowledged, checked, cpu_seconds })
 }
 

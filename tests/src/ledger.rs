@@ -66,6 +66,9 @@ pub fn block_bytes(key: &[u8]) -> usize {
 /// Largest of [`block_bytes`].
 pub const BLOCK_BYTES_MAX: u64 = 48 * 1024;
 
+/// Lost blocks that are printed by name.
+const SHOWN_MAX: u64 = 3;
+
 /// The block under a key.
 pub fn block(key: &[u8]) -> Bytes {
     payload::block(key, block_bytes(key))
@@ -120,7 +123,7 @@ impl Ledger {
                 if !part.is_hit() {
                     account.durable_lost += u64::from(durable);
                     account.cache_lost += u64::from(!durable && *fate != Fate::Unknown);
-                    if durable {
+                    if durable && account.durable_lost <= SHOWN_MAX {
                         println!("lost: durable block {} ({:?}, {:?})", hex(key), part.status, part.reason);
                     }
                     self.note(key, Fate::Unknown);

@@ -21,7 +21,7 @@ use kvkeep_core::{
 };
 use kvkeep_tiers::dram::{Arena, ArenaConfig, FixedRegion, Registrar, Reserves};
 use kvkeep_tiers::io::{Disk, DiskOptions, EngineChoice, FlushCoordinator, Registration, probe};
-use kvkeep_tiers::nvme::{IndexEntry, Keep, NvmeConfig, NvmeStore, RocksIndex, index_dir, segments_dir};
+use kvkeep_tiers::nvme::{IndexEntry, Keep, NvmeConfig, NvmeStore, RocksIndex, index_dir, make_dir, make_dirs, segments_dir};
 use parking_lot::Mutex;
 use rustix::fs::{FlockOperation, flock};
 use tokio::sync::{Notify, Semaphore};
@@ -64,7 +64,7 @@ impl Store {
         let io = |what: &'static str, e: std::io::Error| {
             Error::new(ErrorKind::Config, what).with("path", data_dir.display()).with("cause", e)
         };
-        fs::create_dir_all(&data_dir).map_err(|e| io("the data folder cannot be made", e))?;
+        make_dir(&data_dir).map_err(|e| io("the data folder cannot be made", e))?;
         private(&data_dir).map_err(|e| io("the data folder cannot be made private (mode 0700)", e))?;
         let lock = lock(&data_dir)?;
         let tokens = config.auth.tokens_file.as_deref().map(Tokens::from_file).transpose()?.unwrap_or_default();
@@ -208,11 +208,7 @@ fn open_nvme(config: &Config, views: &Views, directory: &mut Directory, report: 
     let start = std::time::Instant::now();
     let folder = config.data_dir.join("nvme");
     let segments = segments_dir(&folder);
-    fs::create_dir_all(&segments).map_err(|e| {
-        Error::new(ErrorKind::Config, "the NVMe folder cannot be made")
-            .with("path", segments.display())
-            .with("cause", e)
-    })?;
+    make_dirs(&folder)?;
     let choice = if config.nvme.no_io_uring { EngineChoice::Pread } else { EngineChoice::Auto };
     let opened = probe::open(&segments, choice, DiskOptions { queue_depth: config.nvme.queue_depth_max })?;
     report.warnings.extend(opened.disk.engine().notes.iter().map(|n| format!("nvme: {n}")));

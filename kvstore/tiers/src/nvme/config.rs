@@ -1,6 +1,7 @@
 //! How a store is opened, and the names of its files.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -104,17 +105,37 @@ pub fn index_dir(dir: &Path) -> PathBuf {
     dir.join("index")
 }
 
-/// Makes the folders of a device, where they are not there yet.
+/// Makes the folders of a device, where they are not there yet, and flushes their names: a segment or an index in a folder
+/// that a power cut takes away would be flushed in vain.
 ///
 /// # Errors
 /// `Io` if they cannot be made.
 pub fn make_dirs(dir: &Path) -> Result<()> {
-    for folder in [segments_dir(dir), index_dir(dir)] {
-        fs::create_dir_all(&folder).map_err(|e| {
+    for folder in [dir.to_owned(), segments_dir(dir), index_dir(dir)] {
+        make_dir(&folder).map_err(|e| {
             Error::new(ErrorKind::Io, "cannot make an nvme folder").with("folder", folder.display()).with("cause", e)
         })?;
     }
     Ok(())
+}
+
+/// Makes a folder and those above it, and flushes its name, whoever made it.
+///
+/// # Errors
+/// As the filesystem says.
+pub fn make_dir(folder: &Path) -> io::Result<()> {
+    fs::create_dir_all(folder)?;
+    let parent = match folder.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        Some(_) => Path::new("."),
+        None => return Ok(()),
+    };
+    match File::open(parent) {
+        Ok(parent) => parent.sync_all(),
+        // Somebody else's folder, in which an operator made ours: its flush is not ours to do either.
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+        Err(e) => Err(e),
+    }
 }
 
 /// The lock file of a device.

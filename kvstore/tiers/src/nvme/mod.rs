@@ -28,7 +28,7 @@ pub mod store;
 mod testing;
 mod writer;
 
-pub use config::{Clock, NvmeConfig, index_dir, make_dirs, segments_dir};
+pub use config::{Clock, NvmeConfig, index_dir, make_dir, make_dirs, segments_dir};
 pub use entry::{Heat, IndexEntry};
 pub use index::{Change, Index};
 pub use mem::MemIndex;

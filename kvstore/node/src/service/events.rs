@@ -16,8 +16,8 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use crate::store::{SLICE_KEYS, Store};
 use crate::store::put::Caller;
+use crate::store::{SLICE_KEYS, Store};
 
 /// Batches of one watcher.
 pub type EventStream = Pin<Box<dyn Stream<Item = std::result::Result<v1::EventBatch, Status>> + Send>>;

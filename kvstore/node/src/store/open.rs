@@ -21,7 +21,9 @@ use kvkeep_core::{
 };
 use kvkeep_tiers::dram::{Arena, ArenaConfig, FixedRegion, Registrar, Reserves};
 use kvkeep_tiers::io::{Disk, DiskOptions, EngineChoice, FlushCoordinator, Registration, probe};
-use kvkeep_tiers::nvme::{IndexEntry, Keep, NvmeConfig, NvmeStore, RocksIndex, index_dir, make_dir, make_dirs, segments_dir};
+use kvkeep_tiers::nvme::{
+    IndexEntry, Keep, NvmeConfig, NvmeStore, RocksIndex, index_dir, make_dir, make_dirs, segments_dir,
+};
 use parking_lot::Mutex;
 use rustix::fs::{FlockOperation, flock};
 use tokio::sync::{Notify, Semaphore};

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use kvkeep_core::directory::{Dropped, Victim, VictimPart};
 use kvkeep_core::{BlockId, Error, ErrorKind, MissReason, Result, SlotRef, TenantId, Tier};
-use kvkeep_tiers::dram::{NoRoom, Purpose, Reserved};
+use kvkeep_tiers::dram::{NoRoom, NoRoomReason, Purpose, ReclaimHint, Reserved};
 use kvkeep_tiers::nvme::BlockCopy;
 
 use super::Store;
@@ -73,6 +73,7 @@ impl Store {
                     self.pressure.notify_one();
                     return Some(slot);
                 }
+                Err(NoRoom { reason: NoRoomReason::TooLarge | NoRoomReason::Closed, .. }) => return None,
                 Err(no_room) if self.make_room(tenant, len, &no_room) => continue,
                 Err(_) => {}
             }
@@ -88,23 +89,30 @@ impl Store {
         }
     }
 
-    /// Evicts towards one slot; `false` where nothing could be freed now.
+    /// Evicts towards one slot; `false` where nothing could be freed now, or nothing needs to be.
     fn make_room(&self, tenant: TenantId, len: u32, no_room: &NoRoom) -> bool {
-        // First by policy. Where what is coldest frees no slot of this size, the cheapest extent is emptied.
-        if no_room.hint.is_none() && self.evict_dram(u64::from(len).max(no_room.short_bytes)) > 0 {
-            return true;
+        match no_room.hint {
+            // Memory is on its way.
+            None => false,
+            Some(ReclaimHint::AnyBytes) => self.evict_dram(no_room.short_bytes.max(u64::from(len))) > 0,
+            // What is coldest mostly has the size that is wanted; where it has not, the cheapest extent is emptied.
+            Some(ReclaimHint::SameSize) => self.evict_dram(u64::from(len)) > 0 || self.reclaim(tenant, len),
+            Some(ReclaimHint::OtherSizes) => self.reclaim(tenant, len) || self.evict_dram(u64::from(len)) > 0,
         }
-        let mut freed = 0;
+    }
+
+    /// Empties the extent, or file, that costs the fewest bytes; `false` where nothing of it could be dropped.
+    fn reclaim(&self, tenant: TenantId, len: u32) -> bool {
+        let mut freed = false;
         for (slot, id) in self.arena.reclaim_candidates(tenant, len) {
             let found = self.directory.lock().locate(&id.digest, id.group, id.shard);
             // What the directory does not know is on its way in or out.
             let Some(found) = found.filter(|f| f.slot == Some(slot)) else { continue };
             if self.may_drop(&id, found.place.is_some(), found.leased) {
-                self.drop_dram(&id, slot);
-                freed += 1;
+                freed |= self.drop_dram(&id, slot);
             }
         }
-        freed > 0 || self.evict_dram(u64::from(len)) > 0
+        freed
     }
 
     fn may_drop(&self, id: &BlockId, on_nvme: bool, leased: bool) -> bool {

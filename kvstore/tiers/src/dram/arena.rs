@@ -323,6 +323,9 @@ impl Arena {
                 tracing::warn!(path = %path.display(), %error, "cannot remove an arena file");
             }
         }
+        if remove_files {
+            grow::remove_folder(&self.config().dir);
+        }
     }
 }
 

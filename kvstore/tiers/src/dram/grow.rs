@@ -58,6 +58,8 @@ impl FolderLock {
             .open(&path)
             .map_err(|e| io_error("cannot open the arena's lock", &path, &e))?;
         match file.try_lock() {
+            // One that its last owner removed meanwhile locks nobody out.
+            Ok(()) if file.metadata().is_ok_and(|m| m.nlink() == 0) => Self::take(dir),
             Ok(()) => Ok(Self { _file: file }),
             Err(TryLockError::WouldBlock) => {
                 Err(Error::new(ErrorKind::Conflict, "another server has this arena's folder open")
@@ -65,6 +67,15 @@ impl FolderLock {
             }
             Err(TryLockError::Error(e)) => Err(io_error("cannot lock the arena's folder", &path, &e)),
         }
+    }
+}
+
+/// Removes the lock and the folder where nothing else is in it. We hold the lock still: whoever waits for the folder finds
+/// its lock gone and makes both anew.
+pub(super) fn remove_folder(dir: &Path) {
+    if fs::read_dir(dir).is_ok_and(|entries| entries.flatten().all(|e| e.file_name() == LOCK_FILE)) {
+        // What stays behind is an empty folder with a lock: no reason to fail a stop.
+        let _ = fs::remove_file(dir.join(LOCK_FILE)).and_then(|()| fs::remove_dir(dir));
     }
 }
 

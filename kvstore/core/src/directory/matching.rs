@@ -249,7 +249,8 @@ impl Matcher {
     }
 
     /// After the last slice, with a lease: keeps what the boundary needs (an access each, the deepest first) and gives
-    /// the rest back, at most [`SLICE`] positions per call. `true`: call again.
+    /// the rest back, at most [`SLICE`] positions per call. `now` is on the policy's clock; that of [`Matcher::feed`] on
+    /// the clock of leases. `true`: call again.
     pub fn settle(&mut self, dir: &mut Directory, info: &RequestInfo, now: Instant) -> bool {
         let Some(taking) = &mut self.taking else { return false };
         let Some((lease, new)) = taking.lease else { return false };

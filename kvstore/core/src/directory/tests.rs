@@ -287,6 +287,9 @@ fn leaves_go_first_the_least_recently_used_before_others() {
     put(&mut dir, &f, 10, Some(0), 1, false);
     // The tail of the first chain is used again; its head was not, and yet stays.
     assert!(dir.access(&digest(2), &INFO, Instant(5)));
+    assert!(dir.access(&digest(2), &INFO, Instant(4)), "a request from before the last one");
+    let view = dir.view(&digest(2)).unwrap();
+    assert_eq!((view.accesses, view.last_access), (3, Instant(5)));
     assert_eq!((0..4).map(|_| evict(&mut dir, Tier::Dram).unwrap()).collect::<Vec<_>>(), [10, 2, 1, 0]);
 }
 

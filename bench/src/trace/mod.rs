@@ -1,7 +1,7 @@
 //! Workloads: requests in the order of time, each with the prefix blocks of its input.
 //!
-//! [`reader`] takes published traces as they are (JSONL, plain or zstd); [`line`] is its parser, where untrusted bytes come
-//! in; [`synthetic`] makes a seeded multi-turn workload where no trace is given.
+//! [`reader`] takes published traces as they are (JSONL, plain or zstd); [`mod@line`] is its parser, where untrusted
+//! bytes come in; [`synthetic`] makes a seeded multi-turn workload where no trace is given.
 
 pub mod line;
 pub mod reader;

@@ -27,9 +27,11 @@ const INLINE_ALIGN: usize = 64;
 /// # A block on disk
 ///
 /// ```text
-/// extent (4 KiB units): | header page | header page ... | payload, padded to 4 KiB with zeros |
+/// extent (4 KiB units): | header page | header page ... | payload, padded to 4 KiB |
 /// small block:          | header, zeros up to a multiple of 64, payload, zeros |
 /// ```
+/// What the padding holds means nothing; the sums do not cover it.
+///
 /// # The header, little-endian
 ///
 /// |   at | size | field                                                                     |

@@ -2,6 +2,8 @@
 //! restarts, with a working set several times the arena, a hit is always the bytes of one put under that key, and what was
 //! acknowledged durable stays until it is removed.
 
+#![expect(clippy::unwrap_used, reason = "in a test an unwrap is an assertion")]
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;

@@ -1,37 +1,57 @@
-//! Write-behind: blocks of class `cache` go to NVMe after they were acknowledged, so that DRAM can drop them freely.
+//! Write-behind: blocks of class `cache` go to NVMe after they were acknowledged, so that DRAM can drop them freely. And
+//! the other ways to NVMe: class `durable`, and a class that rises.
 //!
 //! The queue is bounded by bytes (`arena.dirty_bytes_max`). A put that asked to keep everything waits for a place; any
 //! other is simply not written when there is none, and leaves with its DRAM copy.
+//!
+//! The NVMe index has one copy of a block, and the put that ends last is that copy. So one block is written by one task at
+//! a time, from the look at the directory until the directory knows the outcome: that is what a [`Claim`] is.
 
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use kvkeep_core::directory::Located;
 use kvkeep_core::{BlockId, BlockMeta, Class, Error, ErrorKind, NvmePlace, Result, SlotRef};
 use kvkeep_tiers::nvme::{Admission, BlockCopy};
 use parking_lot::Mutex;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
 
 use super::Store;
 use super::room::NVME_EVICT_BYTES;
 
 /// Bytes per permit: the semaphore counts in u32.
 const UNIT: u64 = 4096;
+/// Turns of evicting and trying again before NVMe counts as full: others may take the room first.
+const NVME_TRIES_MAX: usize = 8;
 
 /// One block on its way down.
 pub(super) struct Job {
     meta: BlockMeta,
     slot: SlotRef,
-    keep: bool,
     _bytes: OwnedSemaphorePermit,
 }
 
-/// The queue.
+/// The queue, and which blocks are being written.
 pub struct Behind {
     bytes: Arc<Semaphore>,
     bytes_max: u64,
     queue: mpsc::UnboundedSender<Job>,
-    kept: Mutex<HashSet<BlockId>>,
+    /// Queued or being written from the queue: DRAM does not drop them before they are down.
+    queued: Mutex<HashSet<BlockId>>,
+    claimed: Mutex<HashSet<BlockId>>,
+    released: Notify,
+}
+
+/// The right to write one block to NVMe. Ends when dropped.
+pub(super) struct Claim<'a> {
+    behind: &'a Behind,
+    id: BlockId,
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        self.behind.claimed.lock().remove(&self.id);
+        self.behind.released.notify_waiters();
+    }
 }
 
 impl Behind {
@@ -39,12 +59,20 @@ impl Behind {
     pub(super) fn new(bytes_max: u64) -> (Self, mpsc::UnboundedReceiver<Job>) {
         let (queue, jobs) = mpsc::unbounded_channel();
         let permits = usize::try_from(bytes_max / UNIT).unwrap_or(usize::MAX).clamp(1, Semaphore::MAX_PERMITS);
-        (Self { bytes: Arc::new(Semaphore::new(permits)), bytes_max, queue, kept: Mutex::default() }, jobs)
+        let behind = Self {
+            bytes: Arc::new(Semaphore::new(permits)),
+            bytes_max,
+            queue,
+            queued: Mutex::default(),
+            claimed: Mutex::default(),
+            released: Notify::new(),
+        };
+        (behind, jobs)
     }
 
     /// Whether the block is on its way down and must not be dropped before it is there.
-    pub fn is_kept(&self, id: &BlockId) -> bool {
-        self.kept.lock().contains(id)
+    pub fn is_queued(&self, id: &BlockId) -> bool {
+        self.queued.lock().contains(id)
     }
 
     /// Bytes queued or being written.
@@ -54,6 +82,18 @@ impl Behind {
 
     fn permits(&self, len: u32) -> u32 {
         u32::try_from(u64::from(len).div_ceil(UNIT).min(self.bytes_max / UNIT).max(1)).unwrap_or(u32::MAX)
+    }
+
+    /// Waits until nobody else writes this block.
+    pub(super) async fn claim(&self, id: BlockId) -> Claim<'_> {
+        loop {
+            let mut released = std::pin::pin!(self.released.notified());
+            released.as_mut().enable();
+            if self.claimed.lock().insert(id) {
+                return Claim { behind: self, id };
+            }
+            released.await;
+        }
     }
 }
 
@@ -65,24 +105,19 @@ impl Store {
         }
         let permits = self.behind.permits(meta.len);
         let room = Arc::clone(&self.behind.bytes);
-        let permit = if keep {
-            self.behind.kept.lock().insert(meta.id);
-            room.acquire_many_owned(permits).await.ok()
-        } else {
-            room.try_acquire_many_owned(permits).ok()
-        };
-        let Some(permit) = permit else {
+        self.behind.queued.lock().insert(meta.id);
+        let permit =
+            if keep { room.acquire_many_owned(permits).await.ok() } else { room.try_acquire_many_owned(permits).ok() };
+        let queued =
+            permit.is_some_and(|bytes| self.behind.queue.send(Job { meta: meta.clone(), slot, _bytes: bytes }).is_ok());
+        if !queued {
+            // No room in the queue, or the node stops.
+            self.behind.queued.lock().remove(&meta.id);
             self.counters.nvme_skipped_parts.one();
-            return;
-        };
-        let job = Job { meta: meta.clone(), slot, keep, _bytes: permit };
-        if let Err(refused) = self.behind.queue.send(job) {
-            // The writer has stopped: so has the node.
-            self.behind.kept.lock().remove(&refused.0.meta.id);
         }
     }
 
-    /// Writes what is queued, `nvme.write_behind_depth` blocks at a time, until the queue is closed and empty.
+    /// Writes what is queued, `nvme.write_behind_depth` blocks at a time, until the node stops.
     pub(super) async fn write_queued(self: Arc<Self>, mut jobs: mpsc::UnboundedReceiver<Job>) {
         let depth = Arc::new(Semaphore::new(self.config.nvme.write_behind_depth as usize));
         loop {
@@ -102,51 +137,43 @@ impl Store {
     }
 
     async fn write_one(self: &Arc<Self>, job: Job) {
-        let id = job.meta.id;
-        let written = self.write_down(&job.meta, job.slot, false, job.keep).await;
-        if let Err(error) = &written {
+        let meta = &job.meta;
+        let claim = self.behind.claim(meta.id).await;
+        let found = self.directory.lock().locate(&meta.id.digest, meta.id.group, meta.id.shard);
+        // Removed, replaced or written by another way since it was queued: nothing to do.
+        if found.is_some_and(|f| f.version == meta.version && f.place.is_none())
+            && let Err(error) = self.write_down(meta, job.slot, false).await
+        {
             self.counters.nvme_skipped_parts.one();
-            tracing::debug!(block = ?id, %error, "not written to nvme");
+            tracing::debug!(block = ?meta.id, %error, "not written to nvme");
         }
-        self.behind.kept.lock().remove(&id);
+        drop(claim);
+        self.behind.queued.lock().remove(&meta.id);
         self.room.notify_waiters();
     }
 
-    /// Writes a published slot to NVMe and tells the directory.
-    async fn write_down(
-        self: &Arc<Self>,
-        meta: &BlockMeta,
-        slot: SlotRef,
-        durable: bool,
-        keep: bool,
-    ) -> Result<NvmePlace> {
-        let place = self.put_nvme(meta, slot, durable, keep).await?;
-        let told = self.directory.lock().set_nvme(&meta.id, meta.version, place);
-        if !told {
-            self.free_places(&[BlockCopy { handle: meta.handle, id: meta.id, place }]).await;
+    /// Writes a published slot to NVMe and tells the directory. The caller holds the block's claim.
+    async fn write_down(self: &Arc<Self>, meta: &BlockMeta, slot: SlotRef, durable: bool) -> Result<()> {
+        let place = self.put_nvme(meta, slot, durable).await?;
+        if self.directory.lock().set_nvme(&meta.id, meta.version, place) {
+            return Ok(());
         }
-        Ok(place)
+        self.free_places(&[BlockCopy { handle: meta.handle, id: meta.id, place }]).await;
+        Err(Error::new(ErrorKind::Expired, "the block was removed while it was written"))
     }
 
-    /// A durable block's write: on the device and in the synced index when this returns; the directory does not know yet.
-    pub(super) async fn write_durable(self: &Arc<Self>, meta: &BlockMeta, slot: SlotRef) -> Result<NvmePlace> {
-        self.put_nvme(meta, slot, true, true).await
-    }
-
-    async fn put_nvme(
+    /// A durable block's write: on the device and in the synced index when this returns. The directory does not know yet:
+    /// the caller keeps the block's claim until it does.
+    pub(super) async fn put_nvme(
         self: &Arc<Self>,
         meta: &BlockMeta,
         slot: SlotRef,
         durable: bool,
-        keep: bool,
     ) -> Result<NvmePlace> {
-        let no_tier = || Error::new(ErrorKind::Unavailable, "this node has no NVMe tier");
         let nvme = self.nvme.clone().ok_or_else(no_tier)?;
-        // Evicting makes room for one block; others may take it first, so a few turns.
-        for _ in 0..8 {
-            match nvme.admit(meta.len, meta.class) {
+        for _ in 0..NVME_TRIES_MAX {
+            match nvme.admit(meta.len, if durable { Class::Durable } else { meta.class }) {
                 Admission::Yes => {}
-                Admission::OverBudget if keep => {}
                 Admission::OverBudget => {
                     return Err(Error::new(
                         ErrorKind::Throttled,
@@ -189,19 +216,32 @@ impl Store {
     }
 
     /// Raises a stored block to durable: from its NVMe copy if it has one, else from DRAM.
-    pub(super) async fn make_durable(self: &Arc<Self>, wanted: &BlockMeta, found: &Located) -> Result<()> {
-        let no_tier = || Error::new(ErrorKind::Unavailable, "this node has no NVMe tier");
+    pub(super) async fn make_durable(self: &Arc<Self>, wanted: &BlockMeta) -> Result<()> {
         let nvme = self.nvme.clone().ok_or_else(no_tier)?;
-        if let Some(place) = found.place {
-            let copy = BlockCopy { handle: wanted.handle, id: wanted.id, place };
-            return nvme.set_class(&[copy], Class::Durable).await.map(|_| ());
-        }
         let gone = || Error::new(ErrorKind::Expired, "the block left before its class was raised; put it again");
+        let id = wanted.id;
+        let _claim = self.behind.claim(id).await;
+        let found = {
+            let mut directory = self.directory.lock();
+            let found = directory.locate(&id.digest, id.group, id.shard).ok_or_else(gone)?;
+            // Durable for the policy before it is on the device: from here on nobody evicts the copy that is about to count.
+            directory.raise_class(&id, found.version, Class::Durable);
+            found
+        };
+        if let Some(place) = found.place {
+            let copy = BlockCopy { handle: wanted.handle, id, place };
+            nvme.set_class(&[copy], Class::Durable).await?;
+            let entries = self.index_entries(vec![(wanted.handle, id)]).await;
+            let durable = entries.iter().any(|e| e.place == place && e.class == Class::Durable);
+            return if durable { Ok(()) } else { Err(gone()) };
+        }
         let slot = found.slot.ok_or_else(gone)?;
-        let part = self.arena.pin(slot).ok_or_else(gone)?;
-        let mut meta = part.meta()?;
-        drop(part);
-        meta.class = wanted.class;
-        self.write_down(&meta, slot, true, true).await.map(|_| ())
+        let mut meta = self.arena.pin(slot).ok_or_else(gone)?.meta()?;
+        meta.class = Class::Durable;
+        self.write_down(&meta, slot, true).await
     }
+}
+
+fn no_tier() -> Error {
+    Error::new(ErrorKind::Unavailable, "this node has no NVMe tier")
 }

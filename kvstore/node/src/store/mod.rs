@@ -115,7 +115,7 @@ pub struct Registered {
 impl Store {
     /// Who holds this token on this way in.
     pub fn identify(&self, via: Via, token: &str) -> Result<Identity> {
-        if self.tokens.is_empty() {
+        if self.tokens.is_empty() && matches!(via, Via::Tcp(_)) {
             return Ok(Identity::default_admin());
         }
         if let Some(identity) = self.tokens.identify(token.as_bytes()) {
@@ -123,7 +123,10 @@ impl Store {
         }
         match via {
             // The socket's peers are known by their uid; a token is theirs to use, not to need.
-            Via::Unix { .. } if token.is_empty() => Ok(Identity::default_admin()),
+            Via::Unix { uid } if token.is_empty() => {
+                let own = uid == 0 || uid == rustix::process::getuid().as_raw();
+                Ok(Identity { admin: own, ..Identity::default_admin() })
+            }
             _ => Err(Error::new(ErrorKind::Denied, "no token, or not one of this server's: set KVKEEP_TOKEN")),
         }
     }

@@ -126,6 +126,8 @@ pub struct Committed {
 const IN_PROGRESS_RETRY: Duration = Duration::from_millis(20);
 /// How soon to try again after a refusal for want of room.
 pub const NO_ROOM_RETRY: Duration = Duration::from_millis(50);
+/// A put that did not ask to keep everything waits so long for room at most.
+const ROOM_WAIT_MAX: Duration = Duration::from_secs(2);
 /// Durable writes of one commit under way.
 const DURABLE_WRITES_PER_COMMIT_MAX: usize = 32;
 
@@ -189,8 +191,14 @@ impl Store {
             let site = Site { namespace: &namespace, digest: digests[i], parent, parent_key, index };
             let before = out.answers.len();
             let mut no_room = None;
+            // What is granted already need not wait for the rest: the caller comes back for it.
+            let until = match (granted_bytes, wish.keep) {
+                (0, true) => deadline,
+                (0, false) => deadline.min(tokio::time::Instant::now() + ROOM_WAIT_MAX),
+                _ => tokio::time::Instant::now(),
+            };
             for part in &position.parts {
-                match self.reserve_part(caller, &wish, position, part, &site, deadline).await {
+                match self.reserve_part(caller, &wish, position, part, &site, until).await {
                     Ok(answer) => {
                         if let PartAnswer::Slot(_) = answer {
                             granted_bytes += u64::from(part.len);
@@ -232,7 +240,7 @@ impl Store {
         position: &PositionWish,
         part: &PartWish,
         site: &Site<'_>,
-        deadline: tokio::time::Instant,
+        until: tokio::time::Instant,
     ) -> Result<PartAnswer> {
         if let Err(e) = site.namespace.format.check_part(site.index, part.group, part.shard, u64::from(part.len)) {
             return Ok(PartAnswer::Refused(e));
@@ -258,7 +266,7 @@ impl Store {
             let left = ends.since(self.clock.monotonic());
             return Ok(PartAnswer::InProgress { retry_after: IN_PROGRESS_RETRY.min(left) });
         }
-        let slot = if upgrade { None } else { Some(self.slot_for_put(caller.tenant, part.len, deadline).await?) };
+        let slot = if upgrade { None } else { Some(self.slot_for_put(caller.tenant, part.len, until).await?) };
         let reservation = Reservation {
             instance: caller.instance,
             meta: BlockMeta {
@@ -377,8 +385,10 @@ impl Store {
     ) -> Result<Committed> {
         // A durable block is visible only when it is durable: else a reader could build on what a power cut takes away.
         let mut place = None;
+        let mut claim = None;
         if reservation.class == Class::Durable {
-            match self.write_durable(meta, at).await {
+            claim = Some(self.behind.claim(meta.id).await);
+            match self.put_nvme(meta, at, true).await {
                 Ok(p) => place = Some(p),
                 Err(e) => {
                     self.arena.free(at);
@@ -400,6 +410,7 @@ impl Store {
             }
             inserted
         };
+        drop(claim);
         match inserted {
             Err(e) => {
                 self.drop_copies(meta, Some(at), place).await;
@@ -430,7 +441,7 @@ impl Store {
         let gone = || Error::new(ErrorKind::Expired, "the block left before its class was raised; put it again");
         let found = self.directory.lock().locate(&id.digest, id.group, id.shard).ok_or_else(gone)?;
         if reservation.class == Class::Durable {
-            self.make_durable(&reservation.meta, &found).await?;
+            self.make_durable(&reservation.meta).await?;
         }
         if !self.directory.lock().raise_class(&id, found.version, reservation.class) {
             return Err(gone());

@@ -1,7 +1,7 @@
 //! Room: evicting ahead of demand, and making a slot's worth when a put finds none.
 //!
-//! A DRAM copy whose block is on NVMe is dropped (a demotion). One that is not yet there waits for its write where its
-//! caller asked to keep everything, and is dropped for good otherwise. NVMe evicts by the same policy, `durable` excepted.
+//! A DRAM copy whose block is on NVMe is dropped (a demotion). One that is on its way there waits for its write, and one
+//! that is not is dropped for good. NVMe evicts by the same policy, `durable` excepted.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -116,7 +116,7 @@ impl Store {
     }
 
     fn may_drop(&self, id: &BlockId, on_nvme: bool, leased: bool) -> bool {
-        on_nvme || (!leased && !self.behind.is_kept(id))
+        on_nvme || (!leased && !self.behind.is_queued(id))
     }
 
     /// Frees at least `bytes` of DRAM by policy, or what can be found; answers how many.

@@ -82,8 +82,7 @@ pub fn no_stray_files(node: &Node) {
 /// The names in a folder; none where it does not exist.
 pub fn names(folder: &std::path::Path) -> Vec<String> {
     let entries = std::fs::read_dir(folder).into_iter().flatten();
-    let mut names: Vec<_> =
-        entries.filter_map(|e| e.ok()?.file_name().into_string().ok()).collect();
+    let mut names: Vec<_> = entries.filter_map(|e| e.ok()?.file_name().into_string().ok()).collect();
     names.sort_unstable();
     names
 }

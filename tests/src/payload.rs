@@ -20,7 +20,9 @@ pub fn chain(chain: u64, keys: u64) -> Vec<Bytes> {
 
 /// The bytes of a part: different for each key, group, shard and writer, and no two 8-byte words of it alike.
 pub fn part(key: &[u8], group: GroupId, shard: ShardId, writer: u64, bytes: usize) -> Bytes {
-    let start = key.iter().fold(mix(writer ^ u64::from(group.0) << 32 ^ u64::from(shard.0) << 48), |h, b| mix(h ^ u64::from(*b)));
+    let start = key
+        .iter()
+        .fold(mix(writer ^ u64::from(group.0) << 32 ^ u64::from(shard.0) << 48), |h, b| mix(h ^ u64::from(*b)));
     let mut data = Vec::with_capacity(bytes + 8);
     let mut word = start;
     while data.len() < bytes {

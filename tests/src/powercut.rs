@@ -180,8 +180,14 @@ mod tests {
         for name in crate::leaks::names(&watched) {
             let data = fs::read(watched.join(&name)).unwrap_or_default();
             let pages: String = data.chunks(PAGE).map(|page| char::from(page[0])).collect();
-            assert!(data.chunks(PAGE).all(|page| page.len() < PAGE || page.iter().all(|b| *b == page[0])), "a torn page");
-            state.insert(format!("{name}={}", if name == "pages" { &pages } else { std::str::from_utf8(&data).unwrap() }));
+            assert!(
+                data.chunks(PAGE).all(|page| page.len() < PAGE || page.iter().all(|b| *b == page[0])),
+                "a torn page"
+            );
+            state.insert(format!(
+                "{name}={}",
+                if name == "pages" { &pages } else { std::str::from_utf8(&data).unwrap() }
+            ));
         }
         Ok(state)
     }
@@ -199,8 +205,18 @@ mod tests {
         }
         // Each change alone, and none that was not made. `\0`: a page of a file that grew and whose bytes did not arrive.
         let expected = [
-            "folder=", "nameless=flushed under a name that is not", "pages=aa", "pages=aac", "pages=aa\0", "pages=ba",
-            "pages=bac", "pages=ba\0", "removed=kept", "renamed.new=new", "renamed=new", "renamed=old",
+            "folder=",
+            "nameless=flushed under a name that is not",
+            "pages=aa",
+            "pages=aac",
+            "pages=aa\0",
+            "pages=ba",
+            "pages=bac",
+            "pages=ba\0",
+            "removed=kept",
+            "renamed.new=new",
+            "renamed=new",
+            "renamed=old",
         ];
         assert_eq!(all, expected.map(String::from).into());
     }

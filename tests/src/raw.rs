@@ -130,8 +130,7 @@ impl Raw {
     /// # Errors
     /// As the server says.
     pub async fn commit(&mut self, parts: Vec<(u64, Vec<u32>)>) -> Result<v1::CommitReply, tonic::Status> {
-        let parts =
-            parts.into_iter().map(|(reservation_id, crc32)| v1::CommitPart { reservation_id, crc32 }).collect();
+        let parts = parts.into_iter().map(|(reservation_id, crc32)| v1::CommitPart { reservation_id, crc32 }).collect();
         Ok(self.blocks.commit(v1::CommitRequest { ctx: None, parts }).await?.into_inner())
     }
 }

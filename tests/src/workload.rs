@@ -242,7 +242,9 @@ fn is_full(e: &Error) -> bool {
 fn gone(e: &Error) {
     let expected = matches!(
         e.kind(),
-        ErrorKind::Unreachable | ErrorKind::Late | ErrorKind::Refused(CoreKind::Unavailable | CoreKind::Full | CoreKind::Throttled)
+        ErrorKind::Unreachable
+            | ErrorKind::Late
+            | ErrorKind::Refused(CoreKind::Unavailable | CoreKind::Full | CoreKind::Throttled)
     );
     assert!(expected, "a call failed in a way that no crash explains: {e}");
 }

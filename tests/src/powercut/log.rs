@@ -21,13 +21,30 @@ pub(super) struct Record {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum What {
     /// Bytes `[offset, offset + bytes)` changed; before they were `before`, and zeros behind it.
-    Bytes { offset: u64, bytes: u64, old_size: u64, new_size: u64, before: Vec<u8>, truncates: bool },
+    Bytes {
+        offset: u64,
+        bytes: u64,
+        old_size: u64,
+        new_size: u64,
+        before: Vec<u8>,
+        truncates: bool,
+    },
     /// A flush of the file, or of the folder's names, that covers every change up to this number.
-    Flush { names: bool, covers: u64 },
+    Flush {
+        names: bool,
+        covers: u64,
+    },
     Create(PathBuf),
-    Unlink { path: PathBuf, grave: PathBuf },
+    Unlink {
+        path: PathBuf,
+        grave: PathBuf,
+    },
     /// `grave` holds what `to` was, if it was something.
-    Rename { from: PathBuf, to: PathBuf, grave: Option<PathBuf> },
+    Rename {
+        from: PathBuf,
+        to: PathBuf,
+        grave: Option<PathBuf>,
+    },
     MakeFolder(PathBuf),
     RemoveFolder(PathBuf),
 }

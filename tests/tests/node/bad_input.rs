@@ -177,7 +177,8 @@ async fn what_was_never_given_out_is_refused_by_its_kind() {
 
 #[tokio::test]
 async fn a_batch_over_a_limit_names_the_limit() {
-    let node = Node::start(Options { limits: "batch_keys_max = 64\nchunk_bytes_max = 65536\n".into(), ..Options::default() });
+    let node =
+        Node::start(Options { limits: "batch_keys_max = 64\nchunk_bytes_max = 65536\n".into(), ..Options::default() });
     let mut raw = Raw::connect(&node).await;
     let handle = raw.namespace("ns", &formats::any_size(1 << 20)).await;
     let keys = payload::chain(1, 65);
@@ -205,7 +206,12 @@ async fn garbage_on_the_port_harms_nobody() {
     let ns = super::namespace(&client, &formats::plain(4096)).await;
     let keys = payload::chain(1, 4);
     super::store(&ns, &keys, 4096, Class::Cache).await;
-    for garbage in [&b"GET / HTTP/1.1\r\n\r\n"[..], b"\x16\x03\x01\x02", &[0xff; 4096], b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\xff\xff\xff"] {
+    for garbage in [
+        &b"GET / HTTP/1.1\r\n\r\n"[..],
+        b"\x16\x03\x01\x02",
+        &[0xff; 4096],
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\xff\xff\xff",
+    ] {
         let mut stream = tokio::net::TcpStream::connect(node.endpoint()).await.unwrap();
         let _ = stream.write_all(garbage).await; // the server may close first
         let _ = stream.shutdown().await;

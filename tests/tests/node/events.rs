@@ -53,9 +53,8 @@ async fn a_watcher_gets_what_is_here_and_then_every_change() {
     ns.remove(&keys[4..], &Call::default()).await.unwrap();
     let mut told: HashMap<Bytes, Vec<v1::Event>> = HashMap::new();
     let mut last = 0;
-    let removed = |told: &HashMap<Bytes, Vec<v1::Event>>| {
-        told.values().flatten().filter(|e| e.what() == What::Removed).count()
-    };
+    let removed =
+        |told: &HashMap<Bytes, Vec<v1::Event>>| told.values().flatten().filter(|e| e.what() == What::Removed).count();
     while removed(&told) < 2 {
         for event in next(&mut events).await.events {
             assert!(event.sequence > last, "events come in order");
@@ -173,7 +172,10 @@ async fn explain_says_why_a_position_is_here_or_not() {
     let here = explain(&keys[0]).await;
     assert_eq!(here.status(), v1::PartStatus::Hit);
     let position = here.position.clone().expect("what is here is described");
-    assert_eq!((position.key, position.class, position.parts[0].bytes), (keys[0].clone(), v1::Class::Durable as i32, 4096));
+    assert_eq!(
+        (position.key, position.class, position.parts[0].bytes),
+        (keys[0].clone(), v1::Class::Durable as i32, 4096)
+    );
     assert!(here.history.iter().any(|h| h.what == "stored"), "{here:?}");
 
     let removed = explain(&keys[1]).await;

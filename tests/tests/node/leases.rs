@@ -20,7 +20,10 @@ async fn ten_thousand_leases_are_held_and_released() {
     for slice in (0..10_000u32).collect::<Vec<_>>().chunks(250) {
         let queries: Vec<_> = slice
             .iter()
-            .map(|n| MatchQuery { request_id: request(*n), ..MatchQuery::of(keys.clone()).leased(Duration::from_secs(60)) })
+            .map(|n| MatchQuery {
+                request_id: request(*n),
+                ..MatchQuery::of(keys.clone()).leased(Duration::from_secs(60))
+            })
             .collect();
         for found in ns.match_many(&queries, &Call::default()).await.unwrap() {
             let lease = found.unwrap().lease.expect("a lease was asked for and something matched");

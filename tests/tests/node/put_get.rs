@@ -35,14 +35,18 @@ async fn every_part_comes_back_under_every_rule_shard_and_size() {
     let mut rng = StdRng::seed_from_u64(kvkeep_tests::seed("every_part_comes_back"));
     let node = Node::start(Options::default());
     let client = node.client().await;
-    for (nth, format) in [formats::hybrid(40_960), formats::sharded(8, 65_537), formats::any_size(300_000)].iter().enumerate()
+    for (nth, format) in
+        [formats::hybrid(40_960), formats::sharded(8, 65_537), formats::any_size(300_000)].iter().enumerate()
     {
         let name = format!("rules-{nth}");
         let ns = client.register_namespace(&name, format, "weights-1").await.unwrap();
         for class in [Class::Cache, Class::Durable] {
             let put = Put { class: Some(class), ..whole_chain(format, class.code().into(), 12, &mut rng) };
             let outcomes = ns.put(&put, &Call::default()).await.unwrap();
-            assert!(outcomes.iter().all(|o| matches!(o, PartOutcome::Stored { class: c, .. } if *c >= class)), "{outcomes:?}");
+            assert!(
+                outcomes.iter().all(|o| matches!(o, PartOutcome::Stored { class: c, .. } if *c >= class)),
+                "{outcomes:?}"
+            );
             let keys: Vec<_> = put.positions.iter().map(|p| p.key.clone()).collect();
             let found = ns.match_chain(&MatchQuery::of(keys), &Call::default()).await.unwrap();
             assert_eq!((found.boundary_positions, found.boundary_tokens, found.reason), (12, 192, None));
@@ -70,7 +74,8 @@ async fn the_boundary_is_the_largest_that_all_groups_can_use() {
     let node = Node::start(Options::default());
     let client = node.client().await;
     let ns = super::namespace(&client, &format).await;
-    let boundary = async |keys| ns.match_chain(&MatchQuery::of(keys), &Call::default()).await.unwrap().boundary_positions;
+    let boundary =
+        async |keys| ns.match_chain(&MatchQuery::of(keys), &Call::default()).await.unwrap().boundary_positions;
 
     let odd = whole_chain(&format, 1, 11, &mut rng);
     ns.put(&odd, &Call::default()).await.unwrap();
@@ -210,7 +215,8 @@ async fn what_is_here_is_told_before_bytes_are_sent_and_a_class_is_raised_withou
     assert!(again.iter().all(|o| matches!(o, PartOutcome::AlreadyPresent { class: Class::Cache, .. })), "{again:?}");
     let raised = ns.put(&super::put_of(&keys, 4096, Class::Durable), &Call::default()).await.unwrap();
     for outcome in &raised {
-        let PartOutcome::Stored { class: Class::Durable, copies: 1, copies_wanted: 2, degraded: true, .. } = outcome else {
+        let PartOutcome::Stored { class: Class::Durable, copies: 1, copies_wanted: 2, degraded: true, .. } = outcome
+        else {
             panic!("one node is one copy of two: {outcome:?}");
         };
     }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use serde_json::Value;
 
+use super::memory::Memory;
 use super::{Cell, FILE, FLUSH_EVERY_BYTES, Run};
 
 pub(super) fn version() -> anyhow::Result<String> {
@@ -14,11 +15,19 @@ pub(super) fn version() -> anyhow::Result<String> {
     Ok(String::from_utf8_lossy(&said.stdout).trim().to_owned())
 }
 
-pub(super) fn run(folder: &Path, cell: Cell, window: Duration, file_bytes: u64, seed: u64) -> anyhow::Result<Run> {
+pub(super) fn run(
+    folder: &Path,
+    memory: &Memory,
+    cell: Cell,
+    window: Duration,
+    file_bytes: u64,
+    seed: u64,
+) -> anyhow::Result<Run> {
     let mut fio = Command::new("fio");
     fio.args(["--name=cell", "--ioengine=io_uring", "--direct=1", "--fixedbufs", "--registerfiles", "--norandommap"]);
     fio.args(["--time_based", "--clat_percentiles=0", "--lat_percentiles=1", "--percentile_list=50:99"]);
     fio.args(["--output-format=json", "--randrepeat=0"]);
+    fio.arg(format!("--iomem=mmapshared:{}", memory.path().display()));
     fio.arg(format!("--filename={}", folder.join(FILE).display()));
     fio.arg(format!("--size={file_bytes}"));
     fio.arg(format!("--rw={}", if cell.write { "randwrite" } else { "randread" }));

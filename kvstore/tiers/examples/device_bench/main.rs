@@ -7,7 +7,7 @@
 //! One file of `--file-gib` is written once. Then, for every cell (read or write, block size, depth) and every pair, three
 //! sides run one after the other in an order drawn from `--seed`: fio, ours, and ours with the checksums that the store
 //! makes. All three touch blocks at random, with O_DIRECT, registered buffers and registered files, and flush after the
-//! same number of bytes. No pair is ever discarded. A ratio is taken within a pair; the table shows the medians.
+//! same number of bytes, from and into the same pages of one tmpfs file. No pair is ever discarded. A ratio is taken within a pair; the table shows the medians.
 //!
 //! The floor of one operation: its bytes over the device once; one io_uring entry and one completion (fio needs no more
 //! than that); on our side also two hand-overs between threads, the caller's and the ring's.
@@ -15,6 +15,7 @@
 //! Bars: throughput at least 0.9 of fio, p99 at most 2 times, CPU seconds per GB without checksum at most 1.3 times.
 
 mod fio;
+mod memory;
 mod ours;
 mod report;
 
@@ -62,6 +63,9 @@ struct Args {
     /// Operations in flight.
     #[arg(long, value_delimiter = ',', default_value = "1,8,16")]
     depths: Vec<u32>,
+    /// A tmpfs, for the buffers that all sides share.
+    #[arg(long, default_value = "/dev/shm")]
+    memory: PathBuf,
     /// Where to write the result as JSON.
     #[arg(long)]
     json: Option<PathBuf>,
@@ -113,6 +117,7 @@ fn main() -> anyhow::Result<()> {
         for kib in &args.block_kib {
             for depth in &args.depths {
                 let cell = Cell { write, block_bytes: kib << 10, depth: *depth };
+                let memory = memory::Memory::new(&args.memory, (cell.block_bytes * u64::from(cell.depth)) as usize)?;
                 let mut row = report::Row::new(cell);
                 for _ in 0..args.pairs {
                     let mut order = [Side::Fio, Side::Ours, Side::OursSummed];
@@ -122,8 +127,11 @@ fn main() -> anyhow::Result<()> {
                     for side in order {
                         let seed = dice.next_u64();
                         let run = match side {
-                            Side::Fio => fio::run(folder.path(), cell, window, file_bytes, seed)?,
-                            _ => ours::run(&opened.disk, cell, window, file_bytes, seed, side == Side::OursSummed)?,
+                            Side::Fio => fio::run(folder.path(), &memory, cell, window, file_bytes, seed)?,
+                            _ => {
+                                let sums = side == Side::OursSummed;
+                                ours::run(&opened.disk, &memory, cell, window, file_bytes, seed, sums)?
+                            }
                         };
                         row.add(side, run);
                     }

@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 
 use kvkeep_core::ChunkSums;
 use kvkeep_tiers::io::sim::Dice;
-use kvkeep_tiers::io::{Disk, IoBuf, Region, Registration};
+use kvkeep_tiers::io::{Disk, Region, Registration};
 use rustix::time::{ClockId, clock_gettime};
 
+use super::memory::Memory;
 use super::{Cell, FILE, FLUSH_EVERY_BYTES, Run};
 
 /// Where the buffers are registered.
@@ -20,6 +21,7 @@ pub(super) fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
 
 pub(super) fn run(
     disk: &Arc<dyn Disk>,
+    memory: &Memory,
     cell: Cell,
     window: Duration,
     file_bytes: u64,
@@ -28,9 +30,7 @@ pub(super) fn run(
 ) -> anyhow::Result<Run> {
     let (file, _) = disk.open(FILE)?;
     let block = cell.block_bytes as usize;
-    let mut arena = IoBuf::alloc(block * cell.depth as usize);
-    // Faulted in before it is registered and measured, as an arena is.
-    arena.as_mut_slice().fill(0x5A);
+    let mut arena = memory.map()?;
     if disk.register(INDEX, Region::of(&arena)) == Registration::Unregistered && disk.engine().name == "uring" {
         anyhow::bail!("the buffers could not be registered: raise RLIMIT_MEMLOCK");
     }
@@ -59,8 +59,11 @@ pub(super) fn run(
                     if cell.write && sums {
                         known = ChunkSums::of(buf.as_slice());
                     }
-                    let (back, result) =
-                        if cell.write { disk.write(file, offset, buf).await } else { disk.read(file, offset, buf).await };
+                    let (back, result) = if cell.write {
+                        disk.write(file, offset, buf).await
+                    } else {
+                        disk.read(file, offset, buf).await
+                    };
                     anyhow::ensure!(result? == back.len(), "a short operation inside the file");
                     if !cell.write && sums {
                         known = ChunkSums::of(back.as_slice());

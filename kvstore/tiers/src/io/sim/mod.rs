@@ -312,7 +312,7 @@ impl State {
 
 fn serve_flush(file: &mut SimFile, faults: &mut Faults, begun: u64) -> io::Result<usize> {
     match faults.attempt(SimOp::Flush, 0) {
-        Attempt::Fails(error) => {
+        Attempt::Fails(error) if error.kind() != io::ErrorKind::Interrupted => {
             file.flush_failed(begun);
             Err(error)
         }

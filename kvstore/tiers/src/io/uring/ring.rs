@@ -1,43 +1,28 @@
-//! [`UringDisk`]: the engine on io_uring. One thread per device owns the ring; callers put requests into its inbox and
-//! ring a bell (an eventfd that the ring itself polls), so the thread sleeps in one place for both requests and
-//! completions, and never spins.
+//! [`Ring`]: the ring, its tables, and what flies on it. Lives on one thread, and all of its `unsafe` is here.
 //!
 //! Who owns what: a [`Flight`] holds the request, and through it buffers and file, from before the kernel hears of it
-//! until its last completion has been reaped. [`Ring::fly`] is the only place that makes entries, [`Ring::land`] the only
-//! one that lets go of a flight. That is the proof behind each `unsafe` block here.
+//! until its last completion has been reaped. [`Ring::fly`] is the only place that makes entries for it, [`Ring::land`]
+//! the only one that lets go of it. That is the proof behind each `unsafe` block.
 
 use std::collections::HashMap;
 use std::io;
 use std::mem;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::Path;
-use std::sync::mpsc::{SyncSender, sync_channel};
-use std::sync::{Arc, Once};
-use std::thread::JoinHandle;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::time::Duration;
 
 use io_uring::types::{Fd, Fixed, FsyncFlags};
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
-use kvkeep_core::{Error, ErrorKind, Result};
-use parking_lot::Mutex;
-use rustix::event::{EventfdFlags, eventfd};
-use tokio::sync::Semaphore;
 
-use super::buf::{IoBuf, Region};
-use super::disk::{
-    Disk, DiskOptions, EngineInfo, FileId, Flush, Io, Io2, MAX_REGISTERED_BUFFERS, Registration, Space, shut_down,
-};
-use super::file::{Folder, OpenFile};
-use super::request::{self, Backend, Bufs, Kind, Request};
-use super::transfer::{Direction, Step, Transfer};
-
-/// Size of the table of registered files, entries. A file beyond it costs a reference count per operation.
-pub const MAX_REGISTERED_FILES: u32 = 1024;
-
-/// Largest region that the kernel registers as one buffer, bytes.
-pub const MAX_REGISTERED_BYTES: usize = 1 << 30;
+use super::{Asleep, MAX_REGISTERED_FILES, Order, Shared};
+use crate::io::buf::{IoBuf, Region};
+use crate::io::disk::{FileId, MAX_REGISTERED_BUFFERS};
+use crate::io::file::OpenFile;
+use crate::io::request::{Bufs, Kind, Request};
+use crate::io::transfer::{Direction, Step, Transfer};
 
 /// Bytes asked for in one entry at most; the rest of a longer operation follows as after a short count. The kernel itself
-/// stops a page short of 2 GiB.
+/// stops a page short of 2 GiB. Blocks are not split further: entries of 1 MiB were no faster than one of 4 MiB.
 const MAX_ENTRY_BYTES: usize = 1 << 30;
 
 /// Entries that one operation can have in flight: header and payload.
@@ -46,159 +31,14 @@ const MAX_PARTS: usize = 2;
 /// Completions taken from the ring at once.
 const REAP: usize = 64;
 
+/// Pause after the kernel has said that it has no memory for a submission.
+const OUT_OF_MEMORY_PAUSE: Duration = Duration::from_millis(1);
+
 /// `user_data` of the poll on the bell; flights have smaller ones.
 const BELL: u64 = u64::MAX;
 
-/// The engine on io_uring. Dropping it ends what is in flight, then joins its thread.
-pub struct UringDisk {
-    shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
-    notes: Vec<String>,
-    /// That memory stays unregistered is said once, not per arena file.
-    said_unregistered: Once,
-}
-
-struct Shared {
-    folder: Folder,
-    options: DiskOptions,
-    /// The bound of `inbox.requests` and of the flights together.
-    depth: Arc<Semaphore>,
-    inbox: Mutex<Inbox>,
-    bell: OwnedFd,
-}
-
-#[derive(Default)]
-struct Inbox {
-    requests: Vec<Request>,
-    orders: Vec<Order>,
-    stopping: bool,
-    /// The thread is, or is about to be, asleep in the kernel, and has to be woken by the bell.
-    asleep: bool,
-}
-
-/// What only the thread that owns the ring may do. Callers block until it is done, so there are as many orders as callers.
-enum Order {
-    Register {
-        index: u16,
-        region: Region,
-        done: SyncSender<io::Result<()>>,
-    },
-    Unregister {
-        index: u16,
-        done: SyncSender<()>,
-    },
-    /// A file was removed; its place in the table is free again, and with it the last reference to its bytes.
-    Forget {
-        file: FileId,
-        done: SyncSender<()>,
-    },
-}
-
-impl UringDisk {
-    /// Opens the folder at `path`, which must exist, sets up a ring and starts its thread.
-    ///
-    /// # Errors
-    /// `Config` for options out of range, `Unavailable` if this kernel or sandbox refuses io_uring, `Io` if the folder is
-    /// not usable or the thread does not start.
-    pub fn open(path: &Path, options: DiskOptions) -> Result<Self> {
-        Self::with_folder(Folder::open(path)?, options)
-    }
-
-    pub(crate) fn with_folder(folder: Folder, options: DiskOptions) -> Result<Self> {
-        options.check()?;
-        let refused = |e: io::Error| Error::new(ErrorKind::Unavailable, "io_uring is refused").with("cause", e);
-        let shared = Arc::new(Shared {
-            folder,
-            options,
-            depth: Arc::new(Semaphore::new(options.queue_depth as usize)),
-            inbox: Mutex::default(),
-            bell: eventfd(0, EventfdFlags::CLOEXEC).map_err(|e| refused(e.into()))?,
-        });
-        // The ring belongs to the thread that makes it, so what it has to say comes through a channel.
-        let (said, hear) = sync_channel(1);
-        let theirs = Arc::clone(&shared);
-        let thread = std::thread::Builder::new().name("kvkeep-uring".to_owned()).spawn(move || {
-            match Ring::new(theirs) {
-                Ok((mut ring, notes)) => {
-                    let _ = said.send(Ok(notes));
-                    ring.run();
-                }
-                Err(e) => {
-                    let _ = said.send(Err(e));
-                }
-            };
-        });
-        let thread =
-            thread.map_err(|e| Error::new(ErrorKind::Io, "cannot start the io_uring thread").with("cause", e))?;
-        let mut notes = hear
-            .recv()
-            .unwrap_or_else(|_| Err(io::Error::other("the io_uring thread ended while it set up its ring")))
-            .map_err(refused)?;
-        if !shared.folder.is_direct() {
-            notes.push("the filesystem refuses O_DIRECT".to_owned());
-        }
-        Ok(Self { shared, thread: Some(thread), notes, said_unregistered: Once::new() })
-    }
-
-    /// Gives the ring's thread an order and waits until it is done; `None` if the thread is gone.
-    fn order<T>(&self, order: impl FnOnce(SyncSender<T>) -> Order) -> Option<T> {
-        let (done, answer) = sync_channel(1);
-        self.shared.post(|inbox| inbox.orders.push(order(done)));
-        answer.recv().ok()
-    }
-}
-
-impl Drop for UringDisk {
-    fn drop(&mut self) {
-        self.shared.depth.close();
-        self.shared.post(|inbox| inbox.stopping = true);
-        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
-            tracing::error!("the io_uring thread panicked");
-        }
-    }
-}
-
-impl Shared {
-    /// Changes the inbox, and rings the bell if the thread would not look otherwise.
-    fn post(&self, change: impl FnOnce(&mut Inbox)) {
-        let asleep = {
-            let mut inbox = self.inbox.lock();
-            change(&mut inbox);
-            mem::take(&mut inbox.asleep)
-        };
-        if asleep {
-            // An eventfd takes 2^64-2 rings before it would block, and fails only if it is not one.
-            rustix::io::write(&self.bell, &1u64.to_ne_bytes()).expect("an eventfd of ours takes a ring");
-        }
-    }
-}
-
-impl Backend for Shared {
-    fn folder(&self) -> &Folder {
-        &self.folder
-    }
-
-    fn depth(&self) -> &Arc<Semaphore> {
-        &self.depth
-    }
-
-    fn start(&self, request: Request) {
-        let mut refused = None;
-        self.post(|inbox| {
-            if inbox.stopping {
-                refused = Some(request);
-            } else {
-                inbox.requests.push(request);
-            }
-        });
-        if let Some(request) = refused {
-            request.answer(Err(shut_down()));
-        }
-    }
-}
-
 /// The ring and what flies on it. Lives on its own thread.
-struct Ring {
+pub(super) struct Ring {
     shared: Arc<Shared>,
     ring: IoUring,
     flights: Vec<Option<Flight>>,
@@ -215,6 +55,7 @@ struct Ring {
 /// An operation of which the kernel knows.
 struct Flight {
     request: Request,
+    /// One per buffer; a flush has one over no bytes, for the sake of EINTR.
     parts: [Option<Transfer>; MAX_PARTS],
     /// Parts that have not ended.
     left: u32,
@@ -223,7 +64,7 @@ struct Flight {
 }
 
 impl Ring {
-    fn new(shared: Arc<Shared>) -> io::Result<(Self, Vec<String>)> {
+    pub(super) fn new(shared: Arc<Shared>) -> io::Result<(Self, Vec<String>)> {
         let depth = shared.options.queue_depth;
         // Room for every part of every operation, and the bell.
         let entries = (depth * MAX_PARTS as u32 + 1).next_power_of_two();
@@ -269,21 +110,26 @@ impl Ring {
     }
 
     /// Serves until the engine is stopping and nothing flies any more.
-    fn run(&mut self) {
+    pub(super) fn run(&mut self) {
         let mut requests = Vec::new();
         loop {
+            let nothing_flies = self.nothing_flies();
             let (orders, stopping, idle) = {
                 let mut inbox = self.shared.inbox.lock();
+                // Told under the lock: whoever posts after this look sees where to wake us.
+                while nothing_flies && inbox.is_empty() && !inbox.stopping {
+                    inbox.asleep = Asleep::AtHome;
+                    self.shared.home.wait(&mut inbox);
+                }
                 mem::swap(&mut requests, &mut inbox.requests);
                 let orders = mem::take(&mut inbox.orders);
                 let idle = requests.is_empty() && orders.is_empty();
-                // Told under the lock: whoever posts after this look sees it and rings.
-                inbox.asleep = idle && !inbox.stopping;
+                inbox.asleep = if idle { Asleep::InRing } else { Asleep::Nowhere };
                 (orders, inbox.stopping, idle)
             };
             orders.into_iter().for_each(|order| self.obey(order));
             requests.drain(..).for_each(|request| self.take_off(request));
-            if stopping && idle && self.free.len() == self.flights.len() {
+            if stopping && idle && nothing_flies {
                 return;
             }
             // Entries that were just made are submitted by the wait that follows once the inbox is found empty, so that
@@ -292,18 +138,23 @@ impl Ring {
                 continue;
             }
             self.poll_bell();
-            self.wait();
+            self.enter(1);
             self.reap();
         }
     }
 
-    /// Submits what was made and sleeps until something completes: an operation, or the bell.
-    fn wait(&self) {
-        match self.ring.submit_and_wait(1) {
+    fn nothing_flies(&self) -> bool {
+        self.free.len() == self.flights.len()
+    }
+
+    /// Submits what was made and sleeps until `want` operations, or bells, have completed.
+    fn enter(&self, want: usize) {
+        match self.ring.submit_and_wait(want) {
             Ok(_) => {}
-            // Interrupted, or short of memory or completion room for the moment: what was submitted stays so, the rest
-            // goes with the next call.
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)) => {}
+            // What was submitted stays so, the rest goes with the next call: interrupted, or short of room for completions
+            // until we have reaped some, or of memory.
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EBUSY)) => {}
+            Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => std::thread::sleep(OUT_OF_MEMORY_PAUSE),
             Err(e) => panic!("io_uring_enter refuses a ring that it has set up: {e}"),
         }
     }
@@ -338,13 +189,13 @@ impl Ring {
 
     fn take_off(&mut self, request: Request) {
         let parts = match (&request.kind, &request.bufs) {
-            (Kind::Flush, _) => [None, None],
+            (Kind::Flush, _) => [Some(Transfer::new(Direction::Write, 0)), None],
             (Kind::Move(way), Bufs::Two(head, body)) => {
                 [Some(Transfer::new(*way, head.len())), Some(Transfer::new(*way, body.len()))]
             }
             (Kind::Move(way), bufs) => [Some(Transfer::new(*way, bufs.len())), None],
         };
-        let left = parts.iter().flatten().count().max(1) as u32;
+        let left = parts.iter().flatten().count() as u32;
         let place = self.free.pop().expect("there are as many places as permits, and every request holds one");
         self.flights[place as usize] = Some(Flight { request, parts, left, result: Ok(0) });
         for part in 0..left as usize {
@@ -361,15 +212,16 @@ impl Ring {
         let fixed_file = self.fixed_file(&file);
         let flight = self.flights[place as usize].as_ref().expect("as above");
         let request = &flight.request;
-        let entry = match (&flight.parts[part], &request.bufs) {
-            (None, _) => {
+        let transfer = flight.parts[part].as_ref().expect("a flight flies in its parts");
+        let entry = match (request.kind, &request.bufs) {
+            (Kind::Flush, _) => {
                 let flags = FsyncFlags::DATASYNC;
                 match fixed_file {
                     Some(at) => opcode::Fsync::new(Fixed(at)).flags(flags).build(),
                     None => opcode::Fsync::new(Fd(file.file.as_raw_fd())).flags(flags).build(),
                 }
             }
-            (Some(transfer), bufs) => {
+            (Kind::Move(_), bufs) => {
                 let (buf, before) = match (bufs, part) {
                     (Bufs::Two(head, body), 1) => (body, head.len()),
                     (Bufs::One(buf) | Bufs::Two(buf, _), _) => (buf, 0),
@@ -414,11 +266,7 @@ impl Ring {
             }
             // There is an entry for every part of every operation, so the queue is full only of entries that the kernel
             // has not fetched yet.
-            match self.ring.submit() {
-                Ok(_) => {}
-                Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)) => {}
-                Err(e) => panic!("io_uring_enter refuses a ring that it has set up: {e}"),
-            }
+            self.enter(0);
         }
     }
 
@@ -426,12 +274,10 @@ impl Ring {
     fn land(&mut self, place: u32, part: usize, result: i32) {
         let flight = self.flights[place as usize].as_mut().expect("a completion belongs to a flight under way");
         let answer = usize::try_from(result).map_err(|_| io::Error::from_raw_os_error(-result));
-        let ended = match &mut flight.parts[part] {
-            Some(transfer) => match transfer.answer(answer) {
-                Step::Again => return self.fly(place, part),
-                Step::Done(ended) => ended,
-            },
-            None => answer,
+        let transfer = flight.parts[part].as_mut().expect("a completion belongs to a part of its flight");
+        let ended = match transfer.answer(answer) {
+            Step::Again => return self.fly(place, part),
+            Step::Done(ended) => ended,
         };
         flight.left -= 1;
         flight.result = match (mem::replace(&mut flight.result, Ok(0)), ended) {
@@ -517,75 +363,13 @@ impl Ring {
     }
 }
 
-impl Disk for UringDisk {
-    fn create(&self, name: &str, bytes: u64) -> Result<FileId> {
-        self.shared.folder.create(name, bytes).map(|file| file.id)
-    }
-
-    fn open(&self, name: &str) -> Result<(FileId, u64)> {
-        self.shared.folder.open_named(name).map(|(file, bytes)| (file.id, bytes))
-    }
-
-    fn list(&self) -> Result<Vec<(String, u64)>> {
-        self.shared.folder.list()
-    }
-
-    fn remove(&self, name: &str) -> Result<()> {
-        if let Some(file) = self.shared.folder.remove(name)? {
-            self.order(|done| Order::Forget { file, done });
+impl Drop for Ring {
+    fn drop(&mut self) {
+        if !self.nothing_flies() {
+            // Only a panic leads here. The kernel may still write into buffers that would now be let go of and used for
+            // something else: better no process than one with foreign bytes in its memory.
+            tracing::error!("the io_uring thread failed with operations in flight; the process ends");
+            std::process::abort();
         }
-        Ok(())
-    }
-
-    fn read(&self, file: FileId, offset: u64, buf: IoBuf) -> Io {
-        request::read(&self.shared, file, offset, buf)
-    }
-
-    fn write(&self, file: FileId, offset: u64, buf: IoBuf) -> Io {
-        request::write(&self.shared, file, offset, buf)
-    }
-
-    fn write2(&self, file: FileId, offset: u64, head: IoBuf, body: IoBuf) -> Io2 {
-        request::write2(&self.shared, file, offset, head, body)
-    }
-
-    fn flush(&self, file: FileId) -> Flush {
-        request::flush(&self.shared, file)
-    }
-
-    fn space(&self) -> Result<Space> {
-        self.shared.folder.space()
-    }
-
-    fn engine(&self) -> EngineInfo {
-        EngineInfo {
-            name: "uring",
-            direct: self.shared.folder.is_direct(),
-            queue_depth: self.shared.options.queue_depth,
-            notes: self.notes.clone(),
-        }
-    }
-
-    fn register(&self, index: u16, region: Region) -> Registration {
-        assert!(index < MAX_REGISTERED_BUFFERS, "{index} lies outside of the table of registered buffers");
-        let bytes = region.len();
-        let done = if bytes > MAX_REGISTERED_BYTES {
-            Err(io::Error::new(io::ErrorKind::InvalidInput, "larger than 1 GiB"))
-        } else {
-            self.order(|done| Order::Register { index, region, done }).unwrap_or_else(|| Err(shut_down()))
-        };
-        match done {
-            Ok(()) => Registration::Fixed,
-            Err(error) => {
-                self.said_unregistered.call_once(|| {
-                    tracing::warn!(index, bytes, %error, "memory stays unregistered with io_uring (raise RLIMIT_MEMLOCK); it costs CPU, nothing else");
-                });
-                Registration::Unregistered
-            }
-        }
-    }
-
-    fn unregister(&self, index: u16) {
-        self.order(|done| Order::Unregister { index, done });
     }
 }

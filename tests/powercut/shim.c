@@ -10,6 +10,8 @@
  *   $KVKEEP_POWERCUT_IGNORE_FSYNC  paths, separated by `:`; a flush of a file whose path contains one (ends with one, if it
  *                                  ends with `$`) succeeds and covers nothing: a device that lies
  *   $KVKEEP_POWERCUT_FLUSH_US      how long a flush takes, microseconds
+ *   $KVKEEP_POWERCUT_FAIL          a part of a path; while a file `<log>.fail-read`, `<log>.fail-write` or `<log>.fail-flush`
+ *                                  exists, that of a watched file with such a path ends with EIO
  *
  * A record of the log is 64 bytes, little-endian, and `data bytes` of data:
  *
@@ -78,7 +80,7 @@ struct file {
 };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static char dir[PATH_MAX], graves[PATH_MAX - 32], ignored[PATH_MAX];
+static char dir[PATH_MAX], graves[PATH_MAX - 32], ignored[PATH_MAX], failing[PATH_MAX], orders[PATH_MAX - 32];
 static size_t dir_bytes;
 static dev_t dir_device;
 static int log_fd = -1;
@@ -100,12 +102,15 @@ __attribute__((constructor)) static void start(void) {
   const char *watched = getenv("KVKEEP_POWERCUT_DIR"), *log = getenv("KVKEEP_POWERCUT_LOG");
   if (!watched || !log) return;
   const char *liar = getenv("KVKEEP_POWERCUT_IGNORE_FSYNC"), *us = getenv("KVKEEP_POWERCUT_FLUSH_US");
+  const char *broken = getenv("KVKEEP_POWERCUT_FAIL");
   struct stat st;
   if (!realpath(watched, dir) || stat(dir, &st)) die(watched);
   dir_bytes = strlen(dir);
   dir_device = st.st_dev;
   flush_us = us ? atol(us) : 0;
   snprintf(ignored, sizeof ignored, "%s", liar ? liar : "");
+  snprintf(failing, sizeof failing, "%s", broken ? broken : "");
+  snprintf(orders, sizeof orders, "%s.fail-", log);
   snprintf(graves, sizeof graves, "%s.graves", log);
   if (syscall(SYS_mkdirat, AT_FDCWD, graves, 0700) && errno != EEXIST) die(graves);
   log_fd = real_open(log, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
@@ -211,6 +216,19 @@ static int absolute(int at, const char *path, char *out) {
   return below(out);
 }
 
+/* Whether this kind of call on this descriptor is to fail now. */
+static int fails(int fd, const char *call) {
+  char path[PATH_MAX];
+  struct stat st;
+  int saved = errno, yes = 0;
+  if (failing[0] && log_fd >= 0 && !fstat(fd, &st) && st.st_dev == dir_device) {
+    snprintf(path, sizeof path, "%s%s", orders, call);
+    yes = !access(path, F_OK) && path_of(fd, path) && below(path) && strstr(path, failing);
+  }
+  errno = yes ? EIO : saved;
+  return yes;
+}
+
 static uint64_t folder_of(const char *path) {
   char folder[PATH_MAX];
   struct stat st;
@@ -267,6 +285,7 @@ static uint64_t length(const struct iovec *parts, int count) {
 /* Every write ends here. offset -1: where the descriptor stands. */
 static ssize_t change(int fd, const struct iovec *parts, int count, off_t offset, int flags) {
   struct stat st;
+  if (fails(fd, "write")) return -1;
   pthread_mutex_lock(&lock);
   int saved = errno;
   struct file *f = watched(fd, &st);
@@ -313,6 +332,11 @@ ssize_t pwritev2(int fd, const struct iovec *parts, int count, off_t offset, int
 ssize_t pwritev64v2(int fd, const struct iovec *parts, int count, off_t offset, int flags) {
   return change(fd, parts, count, offset, flags);
 }
+
+ssize_t pread(int fd, void *data, size_t bytes, off_t offset) {
+  return fails(fd, "read") ? -1 : syscall(SYS_pread64, fd, data, bytes, offset);
+}
+ssize_t pread64(int fd, void *data, size_t bytes, off_t offset) { return pread(fd, data, bytes, offset); }
 
 int ftruncate(int fd, off_t size) {
   struct stat st;
@@ -405,6 +429,7 @@ static int lies(const char *path) {
 
 static int flush(int fd, long call) {
   struct stat st;
+  if (fails(fd, "flush")) return -1;
   char path[PATH_MAX];
   int saved = errno;
   pthread_mutex_lock(&lock);

@@ -11,6 +11,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use kvkeep_client::{Client, ClientConfig};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use tempfile::TempDir;
 
 /// A server that is not ready by then has failed.
@@ -292,11 +293,12 @@ impl Node {
         format!("--- end of kvkeepd's log ---\n{}\n---", tail.join("\n"))
     }
 
-    fn signal(&self, signal: i32) {
-        let child = self.child.as_ref().expect("the server runs");
-        let pid = i32::try_from(child.id()).expect("a process id is an i32");
-        // SAFETY: kill(2) takes numbers only; the child was not waited for, so the id is still its own.
-        assert_eq!(unsafe { libc::kill(pid, signal) }, 0, "the server can be signalled");
+    fn pid(&self) -> Pid {
+        Pid::from_child(self.child.as_ref().expect("the server runs"))
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(self.pid(), signal).expect("the server can be signalled");
     }
 
     /// SIGKILL, and waits until it is gone.
@@ -315,7 +317,7 @@ impl Node {
     /// # Panics
     /// If it does not run, or does not stop with success.
     pub async fn terminate(&mut self) {
-        self.signal(libc::SIGTERM);
+        self.signal(Signal::TERM);
         let mut child = self.child.take().expect("the server runs");
         self.address = None;
         let since = Instant::now();
@@ -334,12 +336,15 @@ impl Node {
         assert!(status.success(), "kvkeepd stopped with {status}\n{}", self.log());
     }
 
-    /// SIGSTOP.
+    /// SIGSTOP, and waits until every thread has stopped.
     ///
     /// # Panics
     /// If it does not run.
     pub fn pause(&self) {
-        self.signal(libc::SIGSTOP);
+        self.signal(Signal::STOP);
+        // Tells of the stop, and reaps nothing.
+        let told = waitpid(Some(self.pid()), WaitOptions::UNTRACED).expect("a child can be waited for");
+        assert!(told.is_some_and(|(_, status)| status.stopped()), "the server stops, it does not end");
     }
 
     /// SIGCONT.
@@ -347,7 +352,7 @@ impl Node {
     /// # Panics
     /// If it does not run.
     pub fn resume(&self) {
-        self.signal(libc::SIGCONT);
+        self.signal(Signal::CONT);
     }
 
     /// A second server on the same folders: answers how it ended and what it said.

@@ -82,6 +82,24 @@ impl PowerCut {
         node.options_mut().environment.push(("KVKEEP_POWERCUT_IGNORE_FSYNC".into(), paths.into()));
     }
 
+    /// Prepares the failures of [`Self::fail`], of files whose path contains `path`, from the next start on.
+    pub fn may_fail(&self, node: &mut Node, path: &str) {
+        node.options_mut().environment.push(("KVKEEP_POWERCUT_FAIL".into(), path.into()));
+    }
+
+    /// From now on, or no longer, such calls end with EIO.
+    ///
+    /// # Panics
+    /// If the order cannot be written.
+    pub fn fail(&self, call: Fails, failing: bool) {
+        let mut order = self.log.clone().into_os_string();
+        order.push(format!(".fail-{}", call.word()));
+        match failing {
+            true => fs::write(order, []).expect("an order to the shim can be written"),
+            false => fs::remove_file(order).expect("an order to the shim can be withdrawn"),
+        }
+    }
+
     /// SIGKILL, then takes back of what no flush covered as much as `cut` says. DRAM is gone too.
     ///
     /// # Panics
@@ -93,6 +111,27 @@ impl PowerCut {
             fs::remove_dir_all(node.arena_dir().join(arena)).expect("arena files can be removed");
         }
         lost
+    }
+}
+
+/// What can be made to fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fails {
+    /// Reads at an offset.
+    Read,
+    /// Writes.
+    Write,
+    /// Flushes.
+    Flush,
+}
+
+impl Fails {
+    const fn word(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Flush => "flush",
+        }
     }
 }
 

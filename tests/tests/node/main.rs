@@ -1,13 +1,14 @@
 //! The promises of one node, asked of the real binary.
 //!
 //! `put_get` and `namespaces` are what an engine does; `bad_input` what it must not do; `leases`, `tenants`, `events` and
-//! `room` what surrounds blocks; `clients_die`, `restart`, `damage`, `kill_loop` and `powercut` what can go wrong.
+//! `room` what surrounds blocks; `clients_die`, `restart`, `damage`, `eio`, `kill_loop` and `powercut` what can go wrong.
 
 #![expect(clippy::unwrap_used, reason = "everything here is a test: an unwrap is an assertion")]
 
 mod bad_input;
 mod clients_die;
 mod damage;
+mod eio;
 mod events;
 mod kill_loop;
 mod leases;

@@ -30,6 +30,8 @@ impl Store {
     /// Starts the background work.
     pub fn start(self: &Arc<Self>, background: Background) {
         self.tasks.spawn(Arc::clone(self).write_queued(background.jobs));
+        let store = Arc::clone(self);
+        self.tasks.spawn(async move { store.free_places(&background.refused).await });
         self.tasks.spawn(Arc::clone(self).keep_dram_free());
         self.tasks.spawn(Arc::clone(self).tick());
         self.tasks.spawn(Arc::clone(self).load_warm_set());

@@ -16,6 +16,7 @@ pub mod get;
 pub mod inflight;
 pub mod inspect;
 pub mod journal;
+pub mod load;
 pub mod lookup;
 pub mod namespaces;
 pub mod open;

@@ -16,13 +16,12 @@ use std::time::Duration;
 use kvkeep_core::catalogue::{Catalogue, Command, Outcome, StateMachine as _};
 use kvkeep_core::directory::{Directory, DirectoryLimits, Inserted, Placed};
 use kvkeep_core::{
-    BlockMeta, ChunkSums, DigestKey, Error, ErrorKind, Instant, LeaseLimits, MissReason, RequestInfo, Result, SlotRef,
-    TenantId,
+    BlockMeta, DigestKey, Error, ErrorKind, Instant, LeaseLimits, MissReason, RequestInfo, Result, SlotRef, TenantId,
 };
 use kvkeep_tiers::dram::{Arena, ArenaConfig, FixedRegion, Registrar, Reserves};
 use kvkeep_tiers::io::{Disk, DiskOptions, EngineChoice, FlushCoordinator, Registration, probe};
 use kvkeep_tiers::nvme::{
-    IndexEntry, Keep, NvmeConfig, NvmeStore, RocksIndex, index_dir, make_dir, make_dirs, segments_dir,
+    BlockCopy, Keep, NvmeConfig, NvmeStore, RocksIndex, index_dir, make_dir, make_dirs, segments_dir,
 };
 use parking_lot::Mutex;
 use rustix::fs::{FlockOperation, flock};
@@ -32,6 +31,7 @@ use tokio_util::task::TaskTracker;
 
 use super::clock::Clock;
 use super::journal::Journal;
+use super::load::Loader;
 use super::namespaces::Views;
 use super::reservations::Reservations;
 use super::{PREFETCH_READS_MAX, Store, behind::Behind};
@@ -75,12 +75,20 @@ impl Store {
         let views = Views::default();
         catalogue.namespaces().for_each(|n| views.set(n.clone()));
         let clock = Clock::new(config.policy_clock);
-        let mut directory = Directory::new(limits(&config));
-        let nvme = if config.nvme.off { None } else { Some(open_nvme(&config, &views, &mut directory, &mut report)?) };
+        let directory = Directory::new(limits(&config));
+        let (mut directory, nvme) = if config.nvme.off {
+            (directory, None)
+        } else {
+            let (directory, nvme) = open_nvme(&config, &views, directory, &mut report)?;
+            (directory, Some(nvme))
+        };
         let arena = open_arena(&config, &data_dir, &views, &mut directory, &mut report)?;
-        if let Some((_, disk)) = &nvme {
-            arena.set_registrar(Arc::new(DiskRegistrar(Arc::clone(disk))));
-        }
+        let mut refused = Vec::new();
+        let nvme = nvme.map(|nvme| {
+            arena.set_registrar(Arc::new(DiskRegistrar(nvme.disk)));
+            refused = nvme.refused;
+            nvme.store
+        });
         let limits = &config.limits;
         let (behind, jobs) = Behind::new(config.arena.dirty_bytes_max.0);
         let store = Arc::new(Self {
@@ -97,7 +105,7 @@ impl Store {
             directory: Mutex::new(directory),
             reservations: Mutex::new(Reservations::new(limits.reserved_bytes_max.0)),
             arena,
-            nvme: nvme.map(|(store, _)| store),
+            nvme,
             flights: Default::default(),
             behind,
             room: Notify::new(),
@@ -112,7 +120,7 @@ impl Store {
             config,
             _lock: lock,
         });
-        Ok((store, Background { jobs }))
+        Ok((store, Background { jobs, refused }))
     }
 
     /// Stops cleanly: what is queued is written, the warm set noted, files closed. Call after the last client has gone.
@@ -134,6 +142,8 @@ impl Store {
 
 /// What [`Store::start`] needs and nobody else may have.
 pub struct Background {
+    /// Blocks of the index that the directory did not take.
+    pub(super) refused: Vec<BlockCopy>,
     pub(super) jobs: tokio::sync::mpsc::UnboundedReceiver<super::behind::Job>,
 }
 
@@ -191,7 +201,13 @@ fn limits(config: &Config) -> DirectoryLimits {
     }
 }
 
-type OpenNvme = (NvmeStore, Arc<dyn Disk>);
+/// The NVMe tier of a node that is opening.
+struct OpenNvme {
+    store: NvmeStore,
+    disk: Arc<dyn Disk>,
+    /// Blocks that the directory did not take.
+    refused: Vec<BlockCopy>,
+}
 
 /// Registers arena files with the device's engine, so that reads and writes need not pin their pages each time.
 struct DiskRegistrar(Arc<dyn Disk>);
@@ -206,7 +222,12 @@ impl Registrar for DiskRegistrar {
     }
 }
 
-fn open_nvme(config: &Config, views: &Views, directory: &mut Directory, report: &mut Report) -> Result<OpenNvme> {
+fn open_nvme(
+    config: &Config,
+    views: &Views,
+    directory: Directory,
+    report: &mut Report,
+) -> Result<(Directory, OpenNvme)> {
     let start = std::time::Instant::now();
     let folder = config.data_dir.join("nvme");
     let segments = segments_dir(&folder);
@@ -223,18 +244,18 @@ fn open_nvme(config: &Config, views: &Views, directory: &mut Directory, report: 
         write_budget_bytes_per_day: Some(config.nvme.write_budget_bytes_per_day.0).filter(|n| *n != 0),
         ..NvmeConfig::new(Some(folder), config.nvme.bytes.0)
     };
-    let info = RequestInfo::default();
+    let mut loader = Loader::start(directory)?;
     let (store, opened) = NvmeStore::open(nvme_config, Arc::clone(&disk), index, &mut |entry| {
         // Bytes of an older revision are unreachable; dropping them here is the lazy reclaim at its laziest.
-        let Some(namespace) = views.any(entry.handle.namespace).filter(|n| n.revision == entry.handle.revision) else {
-            return Keep::Drop;
-        };
-        let meta = described(entry);
-        match directory.insert(&meta, &namespace.format, Placed::Nvme(entry.place), &info, Instant(0)) {
-            Ok(Inserted::Stored) => Keep::Yes,
-            _ => Keep::Drop,
+        match views.any(entry.handle.namespace).filter(|n| n.revision == entry.handle.revision) {
+            Some(namespace) => {
+                loader.add(entry, &namespace);
+                Keep::Yes
+            }
+            None => Keep::Drop,
         }
     })?;
+    let (mut directory, refused) = loader.finish()?;
     for copy in &opened.retracted {
         directory.drop_place(&copy.id, copy.place, MissReason::Quarantined);
     }
@@ -247,24 +268,7 @@ fn open_nvme(config: &Config, views: &Views, directory: &mut Directory, report: 
             opened.dropped_out_of_range, opened.dropped_overlapping, opened.dropped_damaged
         ));
     }
-    Ok((store, disk))
-}
-
-/// What the index knows of a block, as the directory takes it. The sums stand in the block's header.
-fn described(entry: &IndexEntry) -> BlockMeta {
-    BlockMeta {
-        id: entry.id,
-        tenant: entry.tenant,
-        handle: entry.handle,
-        key: entry.key.clone(),
-        version: entry.version,
-        class: entry.class,
-        fidelity: entry.fidelity,
-        position: entry.position,
-        parent: entry.parent,
-        len: entry.len,
-        sums: ChunkSums::default(),
-    }
+    Ok((directory, OpenNvme { store, disk, refused }))
 }
 
 fn open_arena(

@@ -1,6 +1,7 @@
 //! What the index says of one block: the layout of its keys and values.
 
 use kvkeep_core::block::{BlockMeta, NvmePlace};
+use kvkeep_core::checksum::ChunkSums;
 use kvkeep_core::format::BLOCK_BYTES_MAX;
 use kvkeep_core::ids::{BlockId, Digest, GroupId, Handle, Key, NamespaceId, Revision, ShardId, TenantId, Version};
 use kvkeep_core::words::{Class, Fidelity};
@@ -126,6 +127,23 @@ pub enum EntryError {
 }
 
 impl IndexEntry {
+    /// As the directory takes it. The sums stand in the block's header and nowhere else.
+    pub fn described(&self) -> BlockMeta {
+        BlockMeta {
+            id: self.id,
+            tenant: self.tenant,
+            handle: self.handle,
+            key: self.key.clone(),
+            version: self.version,
+            class: self.class,
+            fidelity: self.fidelity,
+            position: self.position,
+            parent: self.parent,
+            len: self.len,
+            sums: ChunkSums::default(),
+        }
+    }
+
     /// The entry of a block that was written to `extent` as the put `sequence`.
     pub fn new(meta: &BlockMeta, class: Class, extent: Extent, sequence: Sequence) -> Self {
         Self {

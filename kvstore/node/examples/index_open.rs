@@ -1,7 +1,8 @@
-//! How long a device with many blocks takes to open: `cargo run --release -p kvkeep-tiers --example index_open -- [entries] [folder]`.
+//! How long a device with many blocks takes to open: `cargo run --release -p kvkeep-node --example index_open -- [entries] [folder]`.
 //!
 //! Makes an index of so many blocks (10 million unless told otherwise; 32-byte keys, 16 KiB each, in random order, as a
-//! store would have written it) over segments that are holes, then opens it three times as a store does. With a folder
+//! store would have written it) over segments that are holes, then opens it three times as a node does: every entry goes into
+//! a directory, in chains of 64. With a folder
 //! the index is kept and used again.
 //!
 //! The floor is the index itself: about 140 bytes an entry, read, checked and decoded once; no segment is read.
@@ -9,15 +10,19 @@
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::Instant as Clock;
 
 use kvkeep_core::block::BlockMeta;
+use kvkeep_core::catalogue::Namespace;
 use kvkeep_core::checksum::ChunkSums;
+use kvkeep_core::directory::{Directory, DirectoryLimits};
 use kvkeep_core::error::Result;
 use kvkeep_core::ids::{
     BlockId, DigestKey, GroupId, Handle, Key, KeyDomain, NamespaceId, Revision, ShardId, TenantId, Version,
 };
 use kvkeep_core::words::{Class, Fidelity};
+use kvkeep_core::{Format, Group, Rule, SizeRule, Topology};
+use kvkeep_node::store::load::Loader;
 use kvkeep_tiers::io::sim::Dice;
 use kvkeep_tiers::io::{DiskOptions, PreadDisk};
 use kvkeep_tiers::nvme::config::{SEGMENT_BYTES_MAX, segment_name};
@@ -29,6 +34,38 @@ use kvkeep_tiers::nvme::{
 
 const LEN: u32 = 16 * 1024;
 const BATCH: u64 = 1000;
+/// Positions of one chain.
+const CHAIN: u64 = 64;
+
+fn namespace() -> Namespace {
+    let format = Format {
+        model: "model".into(),
+        dtype: "bf16".into(),
+        layout: "example".into(),
+        hash_algorithm: "random".into(),
+        hash_seed: String::new(),
+        tokens_per_key: 16,
+        topology: Topology { canonical: true, tp: 1, pp: 1, cp: 1 },
+        groups: vec![Group {
+            rule: Rule::All,
+            tokens_per_block: 16,
+            shards: 1,
+            replicated: false,
+            size: SizeRule::Exact(u64::from(LEN)),
+        }],
+        prefill_us_per_token: 0,
+    };
+    Namespace {
+        id: NamespaceId(1),
+        tenant: TenantId(0),
+        name: "example".into(),
+        fingerprint: format.fingerprint(),
+        format,
+        revision: Revision(1),
+        revision_digest: "weights".into(),
+        require_full: false,
+    }
+}
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut args = std::env::args().skip(1);
@@ -39,7 +76,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let per_segment = SEGMENT_BYTES_MAX / UNIT_BYTES / u64::from(Shape::of(LEN).units);
     let segments = entries.div_ceil(per_segment);
     if !index_dir(&dir).exists() {
-        let start = Instant::now();
+        let start = Clock::now();
         fs::create_dir_all(segments_dir(&dir))?;
         for no in 1..=segments {
             let path = segments_dir(&dir).join(segment_name(SegmentNo(u16::try_from(no)?)));
@@ -50,7 +87,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
 
     for _ in 0..3 {
-        let start = Instant::now();
+        let start = Clock::now();
         let index = RocksIndex::open(&index_dir(&dir))?;
         let opened = start.elapsed();
         let config = NvmeConfig {
@@ -59,10 +96,16 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         };
         let disk = PreadDisk::open(&segments_dir(&dir), DiskOptions::default())?;
         let mut bytes = 0u64;
+        let mut loader = Loader::start(Directory::new(DirectoryLimits::default()))?;
+        let namespace = Arc::new(namespace());
         let (store, report) = NvmeStore::open(config, Arc::new(disk), Arc::new(index), &mut |entry| {
             bytes += u64::from(entry.len);
+            loader.add(entry, &namespace);
             Keep::Yes
         })?;
+        let (directory, refused) = loader.finish()?;
+        assert!(refused.is_empty(), "{} blocks were refused", refused.len());
+        assert_eq!(directory.totals().positions, entries);
         assert_eq!(report.entries, entries, "{report:?}");
         println!(
             "opened {} entries ({} GiB in {} segments) in {:.2} s: RocksDB {:.2} s, scan and free lists {:.2} s; {:.2} million a second",
@@ -85,6 +128,7 @@ fn fill(dir: &Path, entries: u64, per_segment: u64) -> Result<()> {
     let secret = DigestKey::from_bytes([5; 16]);
     let mut dice = Dice::new(1);
     let mut batch = Vec::new();
+    let mut before = None;
     for n in 0..entries {
         let key: Vec<u8> = (0..4).flat_map(|_| dice.next_u64().to_le_bytes()).collect();
         let meta = BlockMeta {
@@ -95,11 +139,12 @@ fn fill(dir: &Path, entries: u64, per_segment: u64) -> Result<()> {
             version: Version(dice.next_u64()),
             class: Class::Cache,
             fidelity: Fidelity::Exact,
-            position: n as u32,
-            parent: None,
+            position: (n % CHAIN) as u32,
+            parent: before.filter(|_| n % CHAIN != 0),
             len: LEN,
             sums: ChunkSums::default(),
         };
+        before = Some(meta.id.digest);
         let units = Shape::of(LEN).units;
         let extent =
             Extent { segment: SegmentNo(1 + (n / per_segment) as u16), unit: (n % per_segment) as u32 * units, units };

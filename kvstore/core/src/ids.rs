@@ -48,7 +48,7 @@ number!(
     Revision(u32)
 );
 number!(
-    /// Whose key material a block hangs on (`design.md` section 7): the tenant, or one private session.
+    /// Whose key material a block hangs on: the tenant, or one private session. Nothing is shared across domains.
     KeyDomain(u64)
 );
 number!(

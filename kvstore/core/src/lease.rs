@@ -106,7 +106,14 @@ impl Positions {
     pub(crate) fn iter(&self) -> impl Iterator<Item = EntryId> + '_ {
         self.0.iter().copied()
     }
+
+    pub(crate) fn into_parting(self) -> Parting {
+        self.0.into_iter()
+    }
 }
+
+/// Positions of a lease that has ended, on their way out of the counts.
+pub(crate) type Parting = hashbrown::hash_table::IntoIter<EntryId>;
 
 /// One lease.
 pub(crate) struct Lease {

@@ -55,7 +55,7 @@ words!(
 );
 
 words!(
-    /// What an acknowledgement promises (`design.md` section 6). Ordered by strength.
+    /// What an acknowledgement promises (`docs/ARCHITECTURE.md`). Ordered by strength.
     Class {
         /// The home has it.
         Cache = 1 => "cache",

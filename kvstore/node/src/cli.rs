@@ -75,7 +75,7 @@ struct Flags {
     /// Never fill the file system beyond this [default: 4GiB].
     #[arg(long, env = "KVKEEP_KEEP_FREE_BYTES", global = true)]
     keep_free_bytes: Option<ByteSize>,
-    /// No L3: nothing survives a stop.
+    /// No L3: blocks live in memory only. A restart of the server finds them again, a restart of the machine does not.
     #[arg(long, env = "KVKEEP_NO_NVME", global = true)]
     no_nvme: bool,
     /// Use pread/pwrite even where io_uring works.

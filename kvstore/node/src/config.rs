@@ -93,7 +93,9 @@ pub struct ArenaSection {
     /// Bytes committed and not yet on NVMe; beyond it puts that asked to keep everything wait, others are not written.
     /// 0: a quarter of the arena.
     pub dirty_bytes_max: ByteSize,
-    /// Share of DRAM reads whose bytes a background scrub checks, bytes per second; 0: no scrub.
+    /// Kept free for blocks that come up from NVMe, so that puts cannot starve reads. 0: 1/64 of the arena.
+    pub l3_read_reserve_bytes: ByteSize,
+    /// How fast a background scrub checks DRAM copies, bytes per second; 0: no scrub.
     pub scrub_bytes_per_s: ByteSize,
 }
 
@@ -101,7 +103,8 @@ pub struct ArenaSection {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct NvmeSection {
-    /// Turn L3 off: nothing survives a stop, durable puts are refused.
+    /// Turn L3 off: blocks live in memory only (a restart of the server finds them again, one of the machine does not), and
+    /// durable puts are refused.
     pub off: bool,
     /// Size; 0: half of what is free beyond `keep_free_bytes`, at most 64 GiB.
     pub bytes: ByteSize,
@@ -216,6 +219,7 @@ impl Default for ArenaSection {
             low_watermark_percent: 8,
             high_watermark_percent: 12,
             dirty_bytes_max: ByteSize(0),
+            l3_read_reserve_bytes: ByteSize(0),
             scrub_bytes_per_s: ByteSize::mib(16),
         }
     }
@@ -306,6 +310,9 @@ impl Config {
         if self.arena.dirty_bytes_max.0 == 0 {
             self.arena.dirty_bytes_max = ByteSize(self.arena.bytes.0 / 4);
         }
+        if self.arena.l3_read_reserve_bytes.0 == 0 {
+            self.arena.l3_read_reserve_bytes = ByteSize(self.arena.bytes.0 / 64);
+        }
         if self.limits.reserved_bytes_max.0 == 0 {
             self.limits.reserved_bytes_max = ByteSize(self.arena.bytes.0 / 4);
         }
@@ -346,6 +353,10 @@ impl Config {
         if self.arena.dirty_bytes_max.0 > self.arena.bytes.0 {
             return Err(bad("arena.dirty_bytes_max is at most arena.bytes")
                 .with("arena.dirty_bytes_max", self.arena.dirty_bytes_max));
+        }
+        if self.arena.l3_read_reserve_bytes.0 > self.arena.bytes.0 / 4 {
+            return Err(bad("arena.l3_read_reserve_bytes is at most a quarter of arena.bytes")
+                .with("arena.l3_read_reserve_bytes", self.arena.l3_read_reserve_bytes));
         }
         if !self.nvme.off {
             if self.nvme.bytes.0 < NVME_BYTES_MIN {

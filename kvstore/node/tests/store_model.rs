@@ -231,7 +231,7 @@ impl World {
             Op::Match { chain } => self.match_chain(chain).await,
             Op::Remove { chain, index } => {
                 let digest = self.id(chain, index).digest;
-                self.store().remove(self.handle, &[digest]).await;
+                self.store().remove(&[digest]).await;
                 self.model.remove(&(chain, index));
             }
             Op::Advance => {

@@ -50,13 +50,30 @@ impl Directory {
         self.leases.renew(id, ttl, now)
     }
 
-    /// Ends a lease. `false`: it had ended before.
+    /// Ends a lease. `false`: it had ended before. The positions of a large one are let go in slices, by
+    /// [`Directory::part`].
     pub fn release(&mut self, id: LeaseId) -> bool {
         let Some(lease) = self.leases.end(id) else { return false };
-        for position in lease.positions.iter() {
-            self.uncount(position);
+        if lease.positions.len() as usize <= super::matching::SLICE {
+            for position in lease.positions.iter() {
+                self.uncount(position);
+            }
+        } else {
+            self.parting.push_back(lease.positions.into_parting());
         }
         true
+    }
+
+    /// Lets go of at most `max` positions of leases that have ended. `true`: there are more.
+    pub fn part(&mut self, max: usize) -> bool {
+        for _ in 0..max {
+            let Some(lease) = self.parting.front_mut() else { return false };
+            match lease.next() {
+                Some(position) => self.uncount(position),
+                None => drop(self.parting.pop_front()),
+            }
+        }
+        !self.parting.is_empty()
     }
 
     /// Ends the lease of a request. `false`: there was none.

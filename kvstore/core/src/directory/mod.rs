@@ -34,13 +34,13 @@ mod testing;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 
 use crate::block::{BlockMeta, NvmePlace, SlotRef};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::ids::{BlockId, Digest, GroupId, Handle, Instant, ShardId, Version};
-use crate::lease::{LeaseLimits, LeaseTable};
+use crate::lease::{LeaseLimits, LeaseTable, Parting};
 use crate::policy::{Policy, lru::Lru};
 use crate::words::{Class, Fidelity, MissReason, RequestInfo};
 
@@ -163,6 +163,8 @@ pub struct Directory {
     homes: Homes,
     policy: Box<dyn Policy>,
     leases: LeaseTable,
+    /// Positions of large leases that have ended, still counted as leased.
+    parting: VecDeque<Parting>,
     /// Positions with at least one lease.
     leased: u32,
     /// Positions with parts that may go before any leaf, per level.
@@ -185,6 +187,7 @@ impl Directory {
             homes: Homes::default(),
             policy: Box::new(Lru::new()),
             leases: LeaseTable::new(limits.leases),
+            parting: VecDeque::new(),
             leased: 0,
             spare: Level::BOTH.map(|level| List::new(Seat::Spare(level))),
             trim: List::new(Seat::Trim),

@@ -587,3 +587,22 @@ fn a_scan_shows_every_readable_position() {
     assert_eq!(seen, [0, 1, 3, 4]);
     assert_eq!(dir.warm(digests(0..9).iter()), 5, "the removed one still stands for its child");
 }
+
+/// A lease over more positions than one slice ends at once for its holder; its positions follow slice by slice.
+#[test]
+fn a_large_lease_is_let_go_of_in_slices() {
+    let (mut dir, f) = (directory(), plain());
+    let many = 3 * super::matching::SLICE as u32;
+    put_chain(&mut dir, &f, many, false);
+    let (lease, _) = dir.lease(&ask(1, b"large", 1), &digests(0..many), &INFO, Instant(1), Instant(1)).unwrap();
+    assert_eq!(dir.leased_positions(), many);
+    assert!(dir.release(lease.unwrap()));
+    assert_eq!(dir.lease_count(), 0);
+    assert_eq!(dir.leased_positions(), many, "still counted, so still not evicted");
+    let mut slices = 0;
+    while dir.part(super::matching::SLICE) {
+        slices += 1;
+    }
+    assert!(slices >= 2);
+    assert_eq!(dir.leased_positions(), 0);
+}

@@ -388,7 +388,7 @@ impl v1::blocks_server::Blocks for Blocks {
         let handle = convert::handle_from_proto(wish.handle).map_err(refuse)?;
         self.store.namespace_of(call.caller, handle).map_err(refuse)?;
         let digests = self.store.digests(call.caller, handle, wish.keys.iter().map(|k| &k[..]));
-        let (removed, absent) = self.store.remove(handle, &digests).await;
+        let (removed, absent) = self.store.remove(&digests).await;
         Ok(Response::new(v1::RemoveReply { removed, absent, held: 0 }))
     }
 

@@ -8,8 +8,8 @@ use kvkeep_core::words::Happening;
 use kvkeep_core::{MissReason, SlotRef, Tier};
 use kvkeep_tiers::nvme::{ScrubFault, ScrubReport};
 
-use super::Store;
 use super::open::Background;
+use super::{SLICE_KEYS, Store};
 
 /// Leases, reservations and instances are looked at so often.
 const TICK: Duration = Duration::from_millis(50);
@@ -34,6 +34,7 @@ impl Store {
         self.tasks.spawn(async move { store.free_places(&background.refused).await });
         self.tasks.spawn(Arc::clone(self).keep_dram_free());
         self.tasks.spawn(Arc::clone(self).tick());
+        self.tasks.spawn(Arc::clone(self).free_what_is_over());
         self.tasks.spawn(Arc::clone(self).load_warm_set());
         self.tasks.spawn(Arc::clone(self).scrub_dram());
         self.tasks.spawn(Arc::clone(self).scrub_nvme());
@@ -43,7 +44,6 @@ impl Store {
     async fn tick(self: Arc<Self>) {
         let mut every = tokio::time::interval(TICK);
         every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut sweep = 0;
         let mut told = Instant::now();
         loop {
             tokio::select! {
@@ -52,6 +52,7 @@ impl Store {
             }
             let now = self.clock.monotonic();
             let ended = self.directory.lock().expire_leases(now, LEASES_PER_TICK);
+            self.part_leases().await;
             let abandoned = self.reservations.lock().expire(now);
             self.counters.reservations_abandoned.add(abandoned as u64);
             if ended + abandoned > 0 {
@@ -60,8 +61,6 @@ impl Store {
             for instance in self.instances.take_ended(Instant::now()) {
                 self.end_instance(instance);
             }
-            self.expire_positions(now).await;
-            self.sweep_stale(&mut sweep).await;
             if told.elapsed() >= METRICS_EVERY {
                 told = Instant::now();
                 self.counters.publish();
@@ -70,34 +69,39 @@ impl Store {
         }
     }
 
+    /// Lets go of what ended leases held, a slice per hold of the lock.
+    pub(super) async fn part_leases(&self) {
+        while self.directory.lock().part(SLICE_KEYS) {
+            tokio::task::yield_now().await;
+        }
+        self.room.notify_waiters();
+    }
+
+    /// Frees what is over: it waits for the device, which the ticks must not.
+    async fn free_what_is_over(self: Arc<Self>) {
+        let mut every = tokio::time::interval(TICK);
+        every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut sweep = 0;
+        loop {
+            tokio::select! {
+                () = self.stopping.cancelled() => return,
+                _ = every.tick() => {}
+            }
+            self.expire_positions(self.clock.monotonic()).await;
+            self.sweep_stale(&mut sweep).await;
+        }
+    }
+
     async fn expire_positions(self: &Arc<Self>, now: kvkeep_core::Instant) {
         let expired = self.directory.lock().expire(now, EXPIRE_POSITIONS);
-        for digest in expired {
-            let removed = {
-                let mut directory = self.directory.lock();
-                let handle = directory.view(&digest).map(|v| v.handle);
-                handle.zip(directory.remove(&digest, MissReason::Expired))
-            };
-            if let Some((handle, parts)) = removed {
-                self.bury(handle, digest, &parts, MissReason::Expired).await;
-            }
-        }
+        self.let_go(&expired, MissReason::Expired).await;
     }
 
     /// Reclaims a slice of what belongs to older revisions.
     async fn sweep_stale(self: &Arc<Self>, cursor: &mut u32) {
         let slice = self.directory.lock().sweep_stale(|handle| self.views.is_current(handle), *cursor, SWEEP_POSITIONS);
         *cursor = slice.next.unwrap_or(0);
-        for digest in slice.stale {
-            let removed = {
-                let mut directory = self.directory.lock();
-                let handle = directory.view(&digest).map(|v| v.handle);
-                handle.zip(directory.remove(&digest, MissReason::Revision))
-            };
-            if let Some((handle, parts)) = removed {
-                self.bury(handle, digest, &parts, MissReason::Revision).await;
-            }
-        }
+        self.let_go(&slice.stale, MissReason::Revision).await;
     }
 
     /// Waits until nothing is queued for NVMe, as a clean stop does.
@@ -207,16 +211,22 @@ impl Store {
         self.counters.scrubbed_copies.add(report.checked);
         let mut bad = 0;
         for (copy, fault) in &report.faults {
-            let reason = match fault {
-                ScrubFault::Corrupt(_) => MissReason::Quarantined,
-                ScrubFault::Stale => MissReason::Evicted,
-                ScrubFault::Io => continue,
-            };
-            bad += 1;
-            tracing::error!(block = ?copy.id, ?fault, "scrub: an NVMe copy is not what was put");
-            self.counters.corrupt_copies.one();
-            self.directory.lock().drop_place(&copy.id, copy.place, reason);
-            self.journal.note(&copy.id.digest, Happening::Quarantined, Tier::Nvme, Some(reason));
+            match fault {
+                ScrubFault::Corrupt(doubt) => {
+                    bad += 1;
+                    tracing::error!(block = ?copy.id, ?doubt, "scrub: an NVMe copy is not what was put: quarantined");
+                    self.counters.corrupt_copies.one();
+                    let (digest, reason) = (&copy.id.digest, MissReason::Quarantined);
+                    self.directory.lock().drop_place(&copy.id, copy.place, reason);
+                    self.journal.note(digest, Happening::Quarantined, Tier::Nvme, Some(reason));
+                }
+                // Freed while the scrub was on its way, mostly; where somebody still names it, no longer.
+                ScrubFault::Stale => {
+                    tracing::debug!(block = ?copy.id, "scrub: an NVMe copy has gone");
+                    self.directory.lock().drop_place(&copy.id, copy.place, MissReason::Evicted);
+                }
+                ScrubFault::Io => {}
+            }
         }
         bad
     }

@@ -27,6 +27,7 @@ const NVME_TRIES_MAX: usize = 8;
 pub(super) struct Job {
     meta: BlockMeta,
     slot: SlotRef,
+    keep: bool,
     _bytes: OwnedSemaphorePermit,
 }
 
@@ -39,6 +40,17 @@ pub struct Behind {
     queued: Mutex<HashSet<BlockId>>,
     claimed: Mutex<HashSet<BlockId>>,
     released: Notify,
+}
+
+/// How much a block is wanted on NVMe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wanted {
+    /// Within the write budget.
+    BestEffort,
+    /// Its caller asked to keep everything.
+    Kept,
+    /// Flushed and synced before anybody is told.
+    Durable,
 }
 
 /// The right to write one block to NVMe. Ends when dropped.
@@ -108,8 +120,8 @@ impl Store {
         self.behind.queued.lock().insert(meta.id);
         let permit =
             if keep { room.acquire_many_owned(permits).await.ok() } else { room.try_acquire_many_owned(permits).ok() };
-        let queued =
-            permit.is_some_and(|bytes| self.behind.queue.send(Job { meta: meta.clone(), slot, _bytes: bytes }).is_ok());
+        let queued = permit
+            .is_some_and(|bytes| self.behind.queue.send(Job { meta: meta.clone(), slot, keep, _bytes: bytes }).is_ok());
         if !queued {
             // No room in the queue, or the node stops.
             self.behind.queued.lock().remove(&meta.id);
@@ -142,7 +154,8 @@ impl Store {
         let found = self.directory.lock().locate(&meta.id.digest, meta.id.group, meta.id.shard);
         // Removed, replaced or written by another way since it was queued: nothing to do.
         if found.is_some_and(|f| f.version == meta.version && f.place.is_none())
-            && let Err(error) = self.write_down(meta, job.slot, false).await
+            && let Err(error) =
+                self.write_down(meta, job.slot, if job.keep { Wanted::Kept } else { Wanted::BestEffort }).await
         {
             self.counters.nvme_skipped_parts.one();
             tracing::debug!(block = ?meta.id, %error, "not written to nvme");
@@ -153,8 +166,8 @@ impl Store {
     }
 
     /// Writes a published slot to NVMe and tells the directory. The caller holds the block's claim.
-    async fn write_down(self: &Arc<Self>, meta: &BlockMeta, slot: SlotRef, durable: bool) -> Result<()> {
-        let place = self.put_nvme(meta, slot, durable).await?;
+    async fn write_down(self: &Arc<Self>, meta: &BlockMeta, slot: SlotRef, wanted: Wanted) -> Result<()> {
+        let place = self.put_nvme(meta, slot, wanted).await?;
         if self.directory.lock().set_nvme(&meta.id, meta.version, place) {
             return Ok(());
         }
@@ -162,18 +175,21 @@ impl Store {
         Err(Error::new(ErrorKind::Expired, "the block was removed while it was written"))
     }
 
-    /// A durable block's write: on the device and in the synced index when this returns. The directory does not know yet:
-    /// the caller keeps the block's claim until it does.
+    /// Writes a published slot to NVMe; where it is wanted durable, it is on the device and in the synced index when this
+    /// returns. The directory does not know yet: the caller keeps the block's claim until it does.
     pub(super) async fn put_nvme(
         self: &Arc<Self>,
         meta: &BlockMeta,
         slot: SlotRef,
-        durable: bool,
+        wanted: Wanted,
     ) -> Result<NvmePlace> {
+        let durable = wanted == Wanted::Durable;
         let nvme = self.nvme.clone().ok_or_else(no_tier)?;
         for _ in 0..NVME_TRIES_MAX {
             match nvme.admit(meta.len, if durable { Class::Durable } else { meta.class }) {
                 Admission::Yes => {}
+                // Who asked to keep everything is not dropped for a budget.
+                Admission::OverBudget if wanted != Wanted::BestEffort => {}
                 Admission::OverBudget => {
                     return Err(Error::new(
                         ErrorKind::Throttled,
@@ -238,7 +254,7 @@ impl Store {
         let slot = found.slot.ok_or_else(gone)?;
         let mut meta = self.arena.pin(slot).ok_or_else(gone)?.meta()?;
         meta.class = Class::Durable;
-        self.write_down(&meta, slot, true).await
+        self.write_down(&meta, slot, Wanted::Durable).await
     }
 }
 

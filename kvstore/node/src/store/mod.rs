@@ -262,20 +262,41 @@ impl Store {
         }
     }
 
+    /// Takes positions out of the directory and frees their copies, a slice at a time with one sync of the index each;
+    /// how many were here.
+    pub(super) async fn let_go(&self, digests: &[Digest], reason: MissReason) -> usize {
+        let mut count = 0;
+        for slice in digests.chunks(SLICE_KEYS) {
+            let gone: Vec<_> = {
+                let mut directory = self.directory.lock();
+                let mut take = |digest: &Digest| {
+                    let handle = directory.view(digest)?.handle;
+                    Some((handle, *digest, directory.remove(digest, reason)?))
+                };
+                slice.iter().filter_map(&mut take).collect()
+            };
+            count += gone.len();
+            self.bury(&gone, reason).await;
+        }
+        count
+    }
+
     /// Frees the copies of parts that the directory has let go of.
-    async fn bury(&self, handle: Handle, digest: Digest, parts: &[RemovedPart], reason: MissReason) {
+    async fn bury(&self, gone: &[(Handle, Digest, Vec<RemovedPart>)], reason: MissReason) {
         let mut copies = Vec::new();
         let mut unnamed = Vec::new();
-        for part in parts {
-            let id = BlockId { digest, group: part.group, shard: part.shard };
-            match part.slot.and_then(|slot| self.arena.pin(slot)).and_then(|p| p.meta().ok()) {
-                Some(meta) => self.journal.moved(&Subject::of(&meta), Moved::Gone(reason), Tier::Dram),
-                None => unnamed.push((handle, id)),
+        for (handle, digest, parts) in gone {
+            for part in parts {
+                let (handle, id) = (*handle, BlockId { digest: *digest, group: part.group, shard: part.shard });
+                match part.slot.and_then(|slot| self.arena.pin(slot)).and_then(|p| p.meta().ok()) {
+                    Some(meta) => self.journal.moved(&Subject::of(&meta), Moved::Gone(reason), Tier::Dram),
+                    None => unnamed.push((handle, id)),
+                }
+                if let Some(slot) = part.slot {
+                    self.arena.free(slot);
+                }
+                copies.extend(part.place.map(|place| BlockCopy { handle, id, place }));
             }
-            if let Some(slot) = part.slot {
-                self.arena.free(slot);
-            }
-            copies.extend(part.place.map(|place| BlockCopy { handle, id, place }));
         }
         for entry in self.index_entries(unnamed).await {
             self.journal.moved(&Subject::of_entry(&entry), Moved::Gone(reason), Tier::Nvme);

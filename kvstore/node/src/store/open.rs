@@ -288,7 +288,7 @@ fn open_arena(
     let arena_config = ArenaConfig {
         dir: config.arena.dir.join(name),
         capacity_bytes: config.arena.bytes.0,
-        reserves: Reserves::default(),
+        reserves: Reserves { l3_reads: config.arena.l3_read_reserve_bytes.0, ..Reserves::default() },
         huge_pages: config.arena.huge_pages,
         slot_bytes_max: config.limits.block_bytes_max.0,
     };

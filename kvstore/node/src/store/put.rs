@@ -17,6 +17,7 @@ use kvkeep_core::{
 use kvkeep_tiers::nvme::BlockCopy;
 
 use super::Store;
+use super::behind::Wanted;
 use super::reservations::{Reservation, ReservationId};
 
 /// Who calls.
@@ -388,7 +389,7 @@ impl Store {
         let mut claim = None;
         if reservation.class == Class::Durable {
             claim = Some(self.behind.claim(meta.id).await);
-            match self.put_nvme(meta, at, true).await {
+            match self.put_nvme(meta, at, Wanted::Durable).await {
                 Ok(p) => place = Some(p),
                 Err(e) => {
                     self.arena.free(at);
@@ -460,25 +461,9 @@ impl Store {
     }
 
     /// Deletes positions. Unreadable at once; memory returns when leases and reads end.
-    pub async fn remove(&self, handle: Handle, digests: &[Digest]) -> (u32, u32) {
-        let (mut removed, mut absent) = (0, 0);
-        for slice in digests.chunks(super::SLICE_KEYS) {
-            let mut gone = Vec::new();
-            {
-                let mut directory = self.directory.lock();
-                for digest in slice {
-                    match directory.remove(digest, MissReason::Removed) {
-                        Some(parts) => gone.push((*digest, parts)),
-                        None => absent += 1,
-                    }
-                }
-            }
-            removed += gone.len() as u32;
-            for (digest, parts) in gone {
-                self.bury(handle, digest, &parts, MissReason::Removed).await;
-            }
-        }
-        (removed, absent)
+    pub async fn remove(&self, digests: &[Digest]) -> (u32, u32) {
+        let removed = self.let_go(digests, MissReason::Removed).await;
+        (removed as u32, (digests.len() - removed) as u32)
     }
 }
 

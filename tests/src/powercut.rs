@@ -33,22 +33,25 @@ pub struct PowerCut {
 /// # Errors
 /// Why there is none: no C compiler.
 pub fn shim() -> Result<&'static Path, &'static str> {
-    static SHIM_FILE: OnceLock<Result<(tempfile::TempDir, PathBuf), String>> = OnceLock::new();
-    let built = SHIM_FILE.get_or_init(|| {
-        let folder = crate::node::disk_folder();
-        let (source, library) = (folder.path().join("shim.c"), folder.path().join("shim.so"));
-        fs::write(&source, SHIM).expect("the shim's source can be written");
-        let compiler = std::env::var("CC").unwrap_or_else(|_| "cc".into());
-        let arguments = ["-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", "-o"];
-        let run = Command::new(&compiler).args(arguments).arg(&library).arg(&source).output();
-        match run {
-            Ok(output) if output.status.success() => Ok((folder, library)),
-            // A compiler that is there and refuses is a bug of the shim, not a reason to skip.
-            Ok(output) => panic!("the shim does not compile: {}", String::from_utf8_lossy(&output.stderr)),
-            Err(e) => Err(format!("no C compiler ({compiler}: {e})")),
-        }
-    });
-    built.as_ref().map(|(_, library)| library.as_path()).map_err(String::as_str)
+    static LIBRARY: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    LIBRARY.get_or_init(compile).as_deref().map_err(String::as_str)
+}
+
+/// Compiles the shim to a file that is named by its source and stays: test binaries share it, and replace it as a whole.
+fn compile() -> Result<PathBuf, String> {
+    let folder = crate::node::disk_folder();
+    let (source, built) = (folder.path().join("shim.c"), folder.path().join("shim.so"));
+    fs::write(&source, SHIM).expect("the shim's source can be written");
+    let compiler = std::env::var("CC").unwrap_or_else(|_| "cc".into());
+    let arguments = ["-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", "-o"];
+    let run = Command::new(&compiler).args(arguments).arg(&built).arg(&source).output();
+    let output = run.map_err(|e| format!("no C compiler ({compiler}: {e})"))?;
+    // A compiler that is there and refuses is a bug of the shim, not a reason to skip.
+    assert!(output.status.success(), "the shim does not compile: {}", String::from_utf8_lossy(&output.stderr));
+    let name = format!("powercut-{:08x}.so", SHIM.bytes().fold(0, |h, b| crate::payload::mix(h ^ u64::from(b))) as u32);
+    let library = folder.path().with_file_name(name);
+    fs::rename(built, &library).expect("the shim can be moved");
+    Ok(library)
 }
 
 impl PowerCut {

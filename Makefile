@@ -73,7 +73,7 @@ python: ## Stock gRPC from Python against a node, where tests/python is
 	@if [[ -x tests/python/run.sh ]]; then $(WITH) cargo build --bins $(LOCK) -p kvkeep-node && tests/python/run.sh; fi
 
 # Each prints its floor and its figures; their flags and defaults stand at the head of their files.
-EXAMPLES := kvkeep-core/directory_cost kvkeep-tiers/arena_cost kvkeep-tiers/index_open kvkeep-tiers/device_bench \
+EXAMPLES := kvkeep-core/directory_cost kvkeep-tiers/arena_cost kvkeep-node/index_open kvkeep-tiers/device_bench \
             kvkeep-bench/generator_speed
 
 .PHONY: bench

@@ -5,7 +5,7 @@
 //! match -> lease -> get: DRAM slot, or NVMe -> slot (promoted) -> out
 //! room: evict ahead of demand, demote what is on NVMe, drop what may be dropped
 //! ```
-//! Read in this order: [`put`] -> [`write`](mod@write) -> [`get`] -> [`lookup`] -> [`room`] -> [`behind`] -> [`open`].
+//! Read in this order: [`put`] -> `write` -> [`get`] -> [`lookup`] -> `room` -> `behind` -> [`open`].
 //! Decisions are made by `kvkeep_core::directory`, behind one lock that is never held across an await nor for more than
 //! [`SLICE_KEYS`] keys; bytes are moved by `kvkeep_tiers`, outside of it.
 

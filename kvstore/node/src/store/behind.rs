@@ -226,7 +226,11 @@ impl Store {
                 Err(e) => return Err(e),
             }
         }
-        Err(Error::new(ErrorKind::Full, "NVMe is full of blocks that may not be evicted (durable or leased)")
+        Err(Error::new(
+            ErrorKind::Full,
+            "no room on NVMe: nvme.bytes is full of blocks that may not be evicted (durable, leased), or the file system has \
+             no more than nvme.keep_free_bytes left",
+        )
             .with("bytes", meta.len)
             .retry_after(super::put::NO_ROOM_RETRY))
     }

@@ -26,7 +26,7 @@ pub(super) fn run(
     let mut fio = Command::new("fio");
     fio.args(["--name=cell", "--ioengine=io_uring", "--direct=1", "--fixedbufs", "--registerfiles", "--norandommap"]);
     fio.args(["--time_based", "--clat_percentiles=0", "--lat_percentiles=1", "--percentile_list=50:99"]);
-    fio.args(["--output-format=json", "--randrepeat=0"]);
+    fio.args(["--output-format=json", "--randrepeat=0", "--scramble_buffers=0"]);
     fio.arg(format!("--iomem=mmapshared:{}", memory.path().display()));
     fio.arg(format!("--filename={}", folder.join(FILE).display()));
     fio.arg(format!("--size={file_bytes}"));

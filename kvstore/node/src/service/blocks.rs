@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use kvkeep_client::convert;
-use kvkeep_core::{Error, ErrorKind, GroupId, Key, LeaseId, RequestId, ShardId, Tier};
+use kvkeep_core::{Digest, Error, ErrorKind, GroupId, Handle, Key, LeaseId, RequestId, ShardId, Tier};
 use kvkeep_proto::{PROTOCOL_MAJOR, PROTOCOL_MINOR, v1};
 use tonic::{Request, Response, Status, Streaming};
 
@@ -17,6 +17,14 @@ use crate::store::get::PartRead;
 use crate::store::lookup::{MatchWish, Matched};
 use crate::store::put::{PartAnswer, PartWish, PositionWish, ReserveWish};
 use crate::store::reservations::ReservationId;
+
+/// Keys of one call, as the store knows them.
+struct Batch {
+    handle: Handle,
+    /// The handle is at its namespace's revision.
+    current: bool,
+    digests: Vec<Digest>,
+}
 
 /// The service.
 #[derive(Clone)]
@@ -36,6 +44,16 @@ impl Blocks {
 
     fn keys_within(&self, count: usize) -> Result<(), Status> {
         within("limits.batch_keys_max", count, self.store.config.limits.batch_keys_max)
+    }
+
+    /// A batch of keys under one handle, checked.
+    fn batch(&self, call: &Call, handle: Option<v1::Handle>, keys: &[Bytes]) -> Result<Batch, Status> {
+        self.keys_within(keys.len())?;
+        check_keys(keys)?;
+        let handle = convert::handle_from_proto(handle).map_err(refuse)?;
+        let (_, current) = self.store.namespace_of(call.caller, handle).map_err(refuse)?;
+        let digests = self.store.digests(call.caller, handle, keys.iter().map(|k| &k[..]));
+        Ok(Batch { handle, current, digests })
     }
 
     fn lease_term(&self, ttl_ms: u32) -> Duration {
@@ -196,11 +214,7 @@ impl v1::blocks_server::Blocks for Blocks {
             let lease = v1::GrantedLease { lease_id: id.0, ttl_ms: convert::millis_to_proto(left), positions: 0 };
             return Ok(Response::new(v1::LeaseReply { lease: Some(lease), statuses: Bytes::new() }));
         }
-        self.keys_within(wish.keys.len())?;
-        check_keys(&wish.keys)?;
-        let handle = convert::handle_from_proto(wish.handle).map_err(refuse)?;
-        let (_, current) = self.store.namespace_of(call.caller, handle).map_err(refuse)?;
-        let digests = self.store.digests(call.caller, handle, wish.keys.iter().map(|k| &k[..]));
+        let Batch { handle, current, digests } = self.batch(&call, wish.handle, &wish.keys)?;
         let digests = if current { digests } else { Vec::new() };
         let (lease, statuses) = self
             .store
@@ -341,28 +355,20 @@ impl v1::blocks_server::Blocks for Blocks {
         let ctx = request.get_mut().ctx.take();
         let call = self.call(&request, ctx)?;
         let wish = request.into_inner();
-        self.keys_within(wish.keys.len())?;
-        check_keys(&wish.keys)?;
-        let handle = convert::handle_from_proto(wish.handle).map_err(refuse)?;
-        self.store.namespace_of(call.caller, handle).map_err(refuse)?;
-        let digests = self.store.digests(call.caller, handle, wish.keys.iter().map(|k| &k[..]));
-        Ok(Response::new(v1::TouchReply { touched: self.store.touch(&digests, &call.context.info) }))
+        let batch = self.batch(&call, wish.handle, &wish.keys)?;
+        Ok(Response::new(v1::TouchReply { touched: self.store.touch(&batch.digests, &call.context.info) }))
     }
 
     async fn prefetch(&self, mut request: Request<v1::PrefetchRequest>) -> Result<Response<v1::PrefetchReply>, Status> {
         let ctx = request.get_mut().ctx.take();
         let call = self.call(&request, ctx)?;
         let wish = request.into_inner();
-        self.keys_within(wish.keys.len())?;
-        check_keys(&wish.keys)?;
         if wish.to != 0 && convert::tier_from_proto(wish.to).map_err(refuse)? != Tier::Dram {
             let error = Error::new(ErrorKind::InvalidArgument, "a storage node prefetches into dram and nowhere else");
             return Err(refuse(error));
         }
-        let handle = convert::handle_from_proto(wish.handle).map_err(refuse)?;
-        self.store.namespace_of(call.caller, handle).map_err(refuse)?;
-        let digests = self.store.digests(call.caller, handle, wish.keys.iter().map(|k| &k[..]));
-        let (started, already, refused) = self.store.prefetch(call.caller, handle, &digests);
+        let batch = self.batch(&call, wish.handle, &wish.keys)?;
+        let (started, already, refused) = self.store.prefetch(call.caller, batch.handle, &batch.digests);
         Ok(Response::new(v1::PrefetchReply { started, already, refused }))
     }
 
@@ -383,12 +389,8 @@ impl v1::blocks_server::Blocks for Blocks {
         let ctx = request.get_mut().ctx.take();
         let call = self.call(&request, ctx)?;
         let wish = request.into_inner();
-        self.keys_within(wish.keys.len())?;
-        check_keys(&wish.keys)?;
-        let handle = convert::handle_from_proto(wish.handle).map_err(refuse)?;
-        self.store.namespace_of(call.caller, handle).map_err(refuse)?;
-        let digests = self.store.digests(call.caller, handle, wish.keys.iter().map(|k| &k[..]));
-        let (removed, absent) = self.store.remove(&digests).await;
+        let batch = self.batch(&call, wish.handle, &wish.keys)?;
+        let (removed, absent) = self.store.remove(&batch.digests).await;
         Ok(Response::new(v1::RemoveReply { removed, absent, held: 0 }))
     }
 

@@ -1,7 +1,7 @@
 //! [`SimDisk`]: the unkind disk. **A test seam**: it keeps files in memory, holds what was not flushed apart from what
 //! was, loses a seeded part of it when the power is [cut](SimDisk::cut), and fails on request or at seeded random.
 //!
-//! Here: the disk and its life. [`faults`]: what can go wrong, and when. [`file`](mod@file): the bytes of one file,
+//! Here: the disk and its life. `faults`: what can go wrong, and when. `file`: the bytes of one file,
 //! durable and not.
 //!
 //! No thread and no clock: operations make progress when futures are polled, so a run on a single-threaded runtime is a

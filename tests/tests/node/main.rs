@@ -1,7 +1,8 @@
 //! The promises of one node, asked of the real binary.
 //!
-//! `put_get` and `namespaces` are what an engine does; `bad_input` what it must not do; `leases`, `tenants`, `events` and
-//! `room` what surrounds blocks; `clients_die`, `restart`, `damage`, `eio`, `kill_loop` and `powercut` what can go wrong.
+//! `put_get` and `namespaces` are what an engine does; `bad_input` what it must not do; `ways_in`, `leases`, `tenants`,
+//! `events` and `room` what surrounds blocks; `clients_die`, `restart`, `damage`, `eio`, `kill_loop` and `powercut` what can
+//! go wrong.
 
 #![expect(clippy::unwrap_used, reason = "everything here is a test: an unwrap is an assertion")]
 
@@ -18,6 +19,7 @@ mod put_get;
 mod restart;
 mod room;
 mod tenants;
+mod ways_in;
 
 use bytes::Bytes;
 use kvkeep_client::{Call, Client, GetItem, Namespace, PartOutcome, Put, PutPosition};

@@ -3,9 +3,12 @@
 //! and also a bell (an eventfd that the ring polls); with nothing in flight it sleeps on a condition variable, from which
 //! waking is cheaper: that took 12 us off a read of 128 KiB at depth 1.
 //!
-//! Submitting on the caller's thread under a lock, with this thread only reaping, was measured against this and was no
-//! better: a completion then first interrupts the caller, who wakes the reaper, who wakes the caller. It would also give
-//! up `SINGLE_ISSUER` and `DEFER_TASKRUN`.
+//! Submitting on the caller's thread under a lock, with this thread only reaping, was measured against this: slower at
+//! depth 1 (167 us against 149), 6 % less CPU for reads at depth 8. A completion then first interrupts the caller, who
+//! wakes the reaper, who wakes the caller; and it gives up `SINGLE_ISSUER` and `DEFER_TASKRUN`.
+//!
+//! What an operation costs over fio's is its three wake-ups (caller to ring, device to ring, ring to caller), where fio
+//! has the second only.
 
 mod ring;
 

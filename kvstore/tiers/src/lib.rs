@@ -4,7 +4,7 @@
 //! segments and their index).
 //!
 //! Decisions (what to keep, what to evict) are made in `kvkeep-core` and arrive as plain values. `unsafe` lives in
-//! [`io::buf`], `io::uring` and `dram::memory` and nowhere else.
+//! [`io::buf`], `io::uring::ring` and `dram::memory` and nowhere else.
 
 pub mod dram;
 pub mod io;

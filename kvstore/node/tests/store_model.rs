@@ -215,7 +215,7 @@ impl World {
             statuses: false,
             fidelity: Fidelity::Exact,
         };
-        let matched = self.store().match_chain(CALLER, &RequestInfo::default(), &wish).await.unwrap();
+        let matched = self.store().match_chain(CALLER, &RequestInfo::default(), &wish).unwrap();
         for index in 0..matched.outcome.boundary_positions as u8 {
             assert!(self.get(chain, index).await, "a leased position inside the boundary is readable: {chain}/{index}");
         }

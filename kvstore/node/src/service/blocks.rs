@@ -18,6 +18,10 @@ use crate::store::lookup::{MatchWish, Matched};
 use crate::store::put::{PartAnswer, PartWish, PositionWish, ReserveWish};
 use crate::store::reservations::ReservationId;
 
+/// A match of more keys than this (some 200 us of work) runs beside the runtime's threads: short calls do not queue behind
+/// it, and the system's scheduler lets them in first.
+const INLINE_KEYS_MAX: usize = 1024;
+
 /// Keys of one call, as the store knows them.
 struct Batch {
     handle: Handle,
@@ -193,14 +197,23 @@ impl v1::blocks_server::Blocks for Blocks {
         let call = self.call(&request, ctx)?;
         let queries = request.into_inner().queries;
         within("limits.match_queries_max", queries.len(), self.store.config.limits.match_queries_max)?;
-        self.keys_within(queries.iter().map(|q| q.keys.len()).sum())?;
-        let mut results = Vec::with_capacity(queries.len());
-        for query in queries {
-            results.push(match self.match_one(&call, query).await {
-                Ok(result) => result,
-                Err(e) => v1::MatchResult { error: Some(convert::error_to_proto(&e)), ..Default::default() },
-            });
-        }
+        let keys = queries.iter().map(|q| q.keys.len()).sum();
+        self.keys_within(keys)?;
+        let service = self.clone();
+        let answer = move || {
+            let answer = |query| {
+                service.match_one(&call, query).unwrap_or_else(|e| v1::MatchResult {
+                    error: Some(convert::error_to_proto(&e)),
+                    ..Default::default()
+                })
+            };
+            queries.into_iter().map(answer).collect()
+        };
+        let results = if keys <= INLINE_KEYS_MAX {
+            answer()
+        } else {
+            tokio::task::spawn_blocking(answer).await.map_err(|_| Status::internal("the match was cut short"))?
+        };
         Ok(Response::new(v1::MatchReply { results }))
     }
 
@@ -448,7 +461,7 @@ impl v1::blocks_server::Blocks for Blocks {
 }
 
 impl Blocks {
-    async fn match_one(&self, call: &Call, query: v1::MatchQuery) -> Result<v1::MatchResult, Error> {
+    fn match_one(&self, call: &Call, query: v1::MatchQuery) -> Result<v1::MatchResult, Error> {
         for key in &query.keys {
             if !(1..=kvkeep_core::ids::KEY_BYTES_MAX).contains(&key.len()) {
                 Key::new(key)?;
@@ -469,7 +482,7 @@ impl Blocks {
             statuses: query.want_statuses,
             fidelity: convert::fidelity_from_proto(query.fidelity)?,
         };
-        let matched = self.store.match_chain(call.caller, &call.context.info, &wish).await?;
+        let matched = self.store.match_chain(call.caller, &call.context.info, &wish)?;
         Ok(spell_match(matched))
     }
 }

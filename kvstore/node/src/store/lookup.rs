@@ -68,13 +68,8 @@ impl Store {
         super::namespaces::digests(self.secret, caller.tenant, handle, keys)
     }
 
-    /// Answers one chain. Never blocks on I/O; yields between slices.
-    pub async fn match_chain(
-        self: &Arc<Self>,
-        caller: Caller,
-        info: &RequestInfo,
-        wish: &MatchWish,
-    ) -> Result<Matched> {
+    /// Answers one chain. Never waits for I/O; the directory is locked for a slice at a time.
+    pub fn match_chain(self: &Arc<Self>, caller: Caller, info: &RequestInfo, wish: &MatchWish) -> Result<Matched> {
         let (namespace, current) = self.namespace_of(caller, wish.handle)?;
         self.counters.match_queries.one();
         self.counters.match_keys.add(wish.digests.len() as u64);
@@ -90,11 +85,8 @@ impl Store {
             if !matcher.wants_more() {
                 break;
             }
-            tokio::task::consume_budget().await;
         }
-        while matcher.settle(&mut self.directory.lock(), info, self.clock.policy()) {
-            tokio::task::consume_budget().await;
-        }
+        while matcher.settle(&mut self.directory.lock(), info, self.clock.policy()) {}
         let outcome = matcher.finish(|digest| self.journal.why_absent(digest));
         let boundary = outcome.boundary_positions as usize;
         self.counters.match_hit_keys.add(boundary as u64);

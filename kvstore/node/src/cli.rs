@@ -1,5 +1,6 @@
 //! The command line of `kvkeepd`.
 
+use std::io::IsTerminal as _;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -159,7 +160,11 @@ fn look(flags: Flags, what: ConfigCommand) -> anyhow::Result<()> {
 fn start(config: Config) -> anyhow::Result<()> {
     let filter = tracing_subscriber::EnvFilter::try_from_env("KVKEEP_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
     if let Some(address) = config.listen.metrics {
         metrics_exporter_prometheus::PrometheusBuilder::new()
             .with_http_listener(address)
@@ -189,7 +194,14 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     // The index is read and old arena files are verified on this thread; nobody is served yet.
     let (store, background) = tokio::task::spawn_blocking(move || Store::open(config)).await??;
     store.start(background);
-    let bound = server::bind(std::sync::Arc::clone(&store)).await?;
+    let bound = match server::bind(std::sync::Arc::clone(&store)).await {
+        Ok(bound) => bound,
+        Err(error) => {
+            // Nothing of a start that failed stays behind, in memory least of all.
+            store.close().await;
+            return Err(error);
+        }
+    };
     let report = &store.report;
     tracing::info!(
         io = %report.io_engine,

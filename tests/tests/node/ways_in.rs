@@ -93,3 +93,14 @@ async fn thousands_of_gets_leave_the_connection_alive() {
         assert!(parts[0].is_hit(), "get {i}");
     }
 }
+
+/// A start that finds its port taken leaves nothing in memory.
+#[tokio::test]
+async fn a_start_that_fails_leaves_nothing_behind() {
+    let node = Node::start(Options::default());
+    let mut second = Node::new(Options { listen: node.endpoint(), ..Options::default() });
+    let said = second.try_restart().unwrap_err();
+    assert!(said.contains("cannot listen"), "{said}");
+    let left: Vec<_> = std::fs::read_dir(second.arena_dir()).unwrap().collect();
+    assert!(left.is_empty(), "{left:?}");
+}

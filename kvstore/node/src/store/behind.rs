@@ -10,6 +10,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
+use kvkeep_core::directory::Directory;
 use kvkeep_core::{BlockId, BlockMeta, Class, Error, ErrorKind, NvmePlace, Result, SlotRef};
 use kvkeep_tiers::nvme::{Admission, BlockCopy};
 use parking_lot::Mutex;
@@ -168,8 +169,13 @@ impl Store {
     /// Writes a published slot to NVMe and tells the directory. The caller holds the block's claim.
     async fn write_down(self: &Arc<Self>, meta: &BlockMeta, slot: SlotRef, wanted: Wanted) -> Result<()> {
         let place = self.put_nvme(meta, slot, wanted).await?;
-        if self.directory.lock().set_nvme(&meta.id, meta.version, place) {
-            return Ok(());
+        {
+            let mut directory = self.directory.lock();
+            // The copy and its class at once: in between it could be evicted.
+            if directory.set_nvme(&meta.id, meta.version, place) {
+                directory.raise_class(&meta.id, meta.version, meta.class);
+                return Ok(());
+            }
         }
         self.free_places(&[BlockCopy { handle: meta.handle, id: meta.id, place }]).await;
         Err(Error::new(ErrorKind::Expired, "the block was removed while it was written"))
@@ -241,19 +247,21 @@ impl Store {
         let gone = || Error::new(ErrorKind::Expired, "the block left before its class was raised; put it again");
         let id = wanted.id;
         let _claim = self.behind.claim(id).await;
-        let found = {
-            let mut directory = self.directory.lock();
-            let found = directory.locate(&id.digest, id.group, id.shard).ok_or_else(gone)?;
-            // Durable for the policy before it is on the device: from here on nobody evicts the copy that is about to count.
-            directory.raise_class(&id, found.version, Class::Durable);
-            found
-        };
+        let locate = |directory: &Directory| directory.locate(&id.digest, id.group, id.shard).ok_or_else(gone);
+        let found = locate(&self.directory.lock())?;
         if let Some(place) = found.place {
             let copy = BlockCopy { handle: wanted.handle, id, place };
             nvme.set_class(&[copy], Class::Durable).await?;
             let entries = self.index_entries(vec![(wanted.handle, id)]).await;
             let durable = entries.iter().any(|e| e.place == place && e.class == Class::Durable);
-            return if durable { Ok(()) } else { Err(gone()) };
+            // Nobody hears `durable` before the device has it; and a copy that was evicted meanwhile does not count.
+            let mut directory = self.directory.lock();
+            let stayed = durable && locate(&directory)?.place == Some(place);
+            return if stayed && directory.raise_class(&id, found.version, Class::Durable) {
+                Ok(())
+            } else {
+                Err(gone())
+            };
         }
         let slot = found.slot.ok_or_else(gone)?;
         let mut meta = self.arena.pin(slot).ok_or_else(gone)?.meta()?;

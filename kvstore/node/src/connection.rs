@@ -48,17 +48,21 @@ impl Connection {
         self.hello.get()
     }
 
-    /// Records the hello; the first one counts. `false` where an earlier one said something else.
+    /// Records the hello; the first one counts. `false` where an earlier one said something else, or where the instance is
+    /// another tenant's: its leases and reservations are nobody else's to end.
     pub fn say_hello(&self, hello: Hello) -> bool {
-        let mut first = false;
-        let said = self.hello.get_or_init(|| {
-            first = true;
-            hello.clone()
-        });
-        if first {
-            self.instances.joined(hello.instance);
+        let same = |said: &Hello| (said.instance, said.tenant) == (hello.instance, hello.tenant);
+        if let Some(said) = self.hello.get() {
+            return same(said);
         }
-        first || (said.instance, said.tenant) == (hello.instance, hello.tenant)
+        if !self.instances.joined(hello.instance, hello.tenant) {
+            return false;
+        }
+        // Two hellos at once on one connection: one is recorded, and only that one is counted.
+        self.hello.set(hello.clone()).is_ok() || {
+            self.instances.left(hello.instance);
+            self.hello.get().is_some_and(same)
+        }
     }
 }
 
@@ -80,6 +84,7 @@ pub struct Instances {
 }
 
 struct Live {
+    tenant: TenantId,
     connections: u32,
     /// When the last connection closed.
     alone_since: Option<Instant>,
@@ -104,11 +109,15 @@ impl Instances {
         self.open.load(Ordering::Relaxed)
     }
 
-    fn joined(&self, instance: InstanceId) {
+    fn joined(&self, instance: InstanceId, tenant: TenantId) -> bool {
         let mut live = self.live.lock();
-        let entry = live.entry(instance).or_insert(Live { connections: 0, alone_since: None });
-        entry.connections += 1;
-        entry.alone_since = None;
+        let entry = live.entry(instance).or_insert(Live { tenant, connections: 0, alone_since: None });
+        let ours = entry.tenant == tenant;
+        if ours {
+            entry.connections += 1;
+            entry.alone_since = None;
+        }
+        ours
     }
 
     fn left(&self, instance: InstanceId) {
@@ -155,6 +164,17 @@ mod tests {
         assert!(all.take_ended(Instant::now()).is_empty());
         assert_eq!(all.take_ended(Instant::now() + Duration::from_secs(60)), vec![InstanceId([1; 16])]);
         assert_eq!(all.open(), 0);
+    }
+
+    #[test]
+    fn a_tenant_cannot_speak_for_the_instance_of_another() {
+        let all = Instances::new(8, Duration::ZERO);
+        let (a, b) = (all.admit(Via::Unix { uid: 0 }).unwrap(), all.admit(Via::Unix { uid: 0 }).unwrap());
+        assert!(a.say_hello(hello(1)));
+        assert!(!b.say_hello(Hello { tenant: TenantId(7), ..hello(1) }));
+        assert!(b.hello().is_none());
+        drop(b);
+        assert!(all.take_ended(Instant::now()).is_empty(), "the other's end is not this one's");
     }
 
     #[test]

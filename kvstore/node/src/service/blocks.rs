@@ -126,8 +126,10 @@ impl v1::blocks_server::Blocks for Blocks {
         let tenant_name: Arc<str> = identity.tenant.as_str().into();
         let hello = Hello { instance, tenant, tenant_name: Arc::clone(&tenant_name), admin: identity.admin };
         if !connection.say_hello(hello) {
-            let error =
-                Error::new(ErrorKind::Conflict, "this connection has said hello as somebody else; open another");
+            let error = Error::new(
+                ErrorKind::Conflict,
+                "this connection or this instance has said hello as somebody else; open another, or draw another instance id",
+            );
             return Err(refuse(error));
         }
         let via = match connection.via {

@@ -121,6 +121,10 @@ words!(
         Io = 12 => "io",
         /// It was in memory only when the server stopped.
         Restart = 13 => "restart",
+        /// Said by a client: the server gave no sign of life.
+        Unreachable = 14 => "unreachable",
+        /// The caller took the call back.
+        Cancelled = 15 => "cancelled",
     }
 );
 

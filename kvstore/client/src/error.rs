@@ -109,6 +109,7 @@ impl Error {
         let kind = match convert::error_kind_from_word(&detail.kind) {
             Some(kind) => ErrorKind::Refused(kind),
             None if detail.kind == convert::HELLO_REQUIRED => ErrorKind::HelloRequired,
+            None if detail.kind == convert::LATE => ErrorKind::Late,
             // A newer server's word: the flags below still say what to do.
             None => ErrorKind::Protocol,
         };
@@ -119,7 +120,7 @@ impl Error {
             message: Cow::Owned(detail.message),
             retryable: detail.retryable,
             retry_after: convert::millis_from_proto(detail.retry_after_ms),
-            may_have_run: false,
+            may_have_run: kind == ErrorKind::Late,
             context,
             source: None,
         }

@@ -25,6 +25,7 @@
 
 pub mod admin;
 mod assembly;
+pub mod block;
 pub mod budget;
 pub mod call;
 pub mod client;

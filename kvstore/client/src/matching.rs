@@ -152,6 +152,7 @@ impl Namespace {
             promote: query.promote,
             want_statuses: query.statuses,
             fidelity: v1::Fidelity::Exact as i32,
+            map: false,
         }
     }
 

@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{Config, PolicyClock};
+use crate::config::{BlockListen, Config, PolicyClock};
 use crate::server;
 use crate::size::ByteSize;
 use crate::store::Store;
@@ -55,7 +55,10 @@ struct Flags {
     /// gRPC over TCP [default: 127.0.0.1:7070]; port 0 picks one.
     #[arg(long, env = "KVKEEP_LISTEN", global = true)]
     listen: Option<SocketAddr>,
-    /// gRPC over a Unix socket at this path.
+    /// The block protocol over TCP: address:port, `auto` (one port above gRPC's) or `off` [default: auto].
+    #[arg(long, env = "KVKEEP_BLOCK_LISTEN", global = true)]
+    block_listen: Option<BlockListen>,
+    /// gRPC and the block protocol over a Unix socket at this path.
     #[arg(long, env = "KVKEEP_UNIX_SOCKET", global = true)]
     unix_socket: Option<PathBuf>,
     /// Prometheus metrics over HTTP, loopback only.
@@ -113,6 +116,7 @@ impl Flags {
         set!(
             data_dir => data_dir,
             listen => listen.grpc,
+            block_listen => listen.block,
             unix_socket => listen.unix,
             node_name => node_name,
             arena_bytes => arena.bytes,

@@ -52,7 +52,10 @@ pub struct Config {
 pub struct Listen {
     /// gRPC over TCP. Off loopback it needs TLS and tokens.
     pub grpc: SocketAddr,
-    /// gRPC over a Unix socket; peers are known by their uid. Empty: none.
+    /// The block protocol over TCP, with the TLS of `grpc`. Absent: on the address of `grpc`, one port higher (where that is
+    /// 0: any). `off` in the text of a file or flag: none.
+    pub block: BlockListen,
+    /// gRPC and the block protocol over a Unix socket; peers are known by their uid. Empty: none.
     pub unix: PathBuf,
     /// Prometheus metrics over HTTP; loopback only, no authentication. Absent: none.
     pub metrics: Option<SocketAddr>,
@@ -74,6 +77,9 @@ pub struct Auth {
     pub tokens_file: Option<PathBuf>,
     /// User ids beside the server's own that may use the Unix socket, as the tenant `default`.
     pub unix_uids: BTreeSet<u32>,
+    /// Of these, those that may map the arena read-only, beside the server's own user and root. A process that may map sees
+    /// every block of its tenant.
+    pub map_uids: BTreeSet<u32>,
 }
 
 /// The arena.
@@ -97,6 +103,65 @@ pub struct ArenaSection {
     pub l3_read_reserve_bytes: ByteSize,
     /// How fast a background scrub checks DRAM copies, bytes per second; 0: no scrub.
     pub scrub_bytes_per_s: ByteSize,
+    /// How much of a block is compared with its sums on the way from DRAM into a region of the same host. What leaves for a
+    /// socket is always compared.
+    pub verify_dram: VerifyDram,
+}
+
+/// What of a block is compared on its way into a region.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum VerifyDram {
+    /// Nothing; the scrub covers DRAM.
+    Never,
+    /// 64 KiB of each block, another 64 KiB each time.
+    #[default]
+    Sampled,
+    /// All of it.
+    Always,
+}
+
+/// Where the block port is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum BlockListen {
+    /// Beside the gRPC port.
+    #[default]
+    Beside,
+    /// Nowhere.
+    Off,
+    /// Here.
+    At(SocketAddr),
+}
+
+impl std::str::FromStr for BlockListen {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Beside),
+            "off" => Ok(Self::Off),
+            _ => text.parse().map(Self::At).map_err(|_| format!("{text:?} is no address:port, `auto` or `off`")),
+        }
+    }
+}
+
+impl TryFrom<String> for BlockListen {
+    type Error = String;
+
+    fn try_from(text: String) -> std::result::Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<BlockListen> for String {
+    fn from(listen: BlockListen) -> Self {
+        match listen {
+            BlockListen::Beside => "auto".into(),
+            BlockListen::Off => "off".into(),
+            BlockListen::At(address) => address.to_string(),
+        }
+    }
 }
 
 /// The NVMe store.
@@ -124,6 +189,9 @@ pub struct NvmeSection {
     pub warm_bytes_per_s: ByteSize,
     /// Background scrub, bytes per second; 0: none.
     pub scrub_bytes_per_s: ByteSize,
+    /// A block that is read from NVMe into a region goes there straight, and is not brought up to DRAM before this use of it
+    /// since it was stored or opened; 0: never.
+    pub promote_at_use: u32,
 }
 
 /// Bounds on what clients may ask.
@@ -172,6 +240,18 @@ pub struct LimitsSection {
     pub prefetch_queue_max: u32,
     /// NVMe reads of one get under way, in bytes.
     pub get_read_ahead_bytes: ByteSize,
+    /// Memory that one engine instance may register, all its regions together.
+    pub region_bytes_max: ByteSize,
+    /// Regions of one engine instance.
+    pub regions_max: u32,
+    /// Runs of memory that one call may name.
+    pub runs_max: u32,
+    /// Slots held for the mapped reads of one engine instance, in bytes. 0: a quarter of the arena.
+    pub mapped_bytes_max: ByteSize,
+    /// Block protocol: calls in flight on one connection.
+    pub calls_per_connection_max: u32,
+    /// Block protocol: bytes of one envelope.
+    pub envelope_bytes_max: u32,
 }
 
 impl Default for Config {
@@ -193,6 +273,7 @@ impl Default for Listen {
     fn default() -> Self {
         Self {
             grpc: SocketAddr::from(([127, 0, 0, 1], 7070)),
+            block: BlockListen::default(),
             unix: PathBuf::new(),
             metrics: None,
             tls_cert: None,
@@ -206,7 +287,7 @@ impl Default for Listen {
 #[expect(clippy::derivable_impls, reason = "defaults of every section stand together, spelled out")]
 impl Default for Auth {
     fn default() -> Self {
-        Self { tokens_file: None, unix_uids: BTreeSet::new() }
+        Self { tokens_file: None, unix_uids: BTreeSet::new(), map_uids: BTreeSet::new() }
     }
 }
 
@@ -221,6 +302,7 @@ impl Default for ArenaSection {
             dirty_bytes_max: ByteSize(0),
             l3_read_reserve_bytes: ByteSize(0),
             scrub_bytes_per_s: ByteSize::mib(16),
+            verify_dram: VerifyDram::Sampled,
         }
     }
 }
@@ -238,6 +320,7 @@ impl Default for NvmeSection {
             write_behind_depth: 16,
             warm_bytes_per_s: ByteSize::mib(512),
             scrub_bytes_per_s: ByteSize::mib(8),
+            promote_at_use: 3,
         }
     }
 }
@@ -266,6 +349,12 @@ impl Default for LimitsSection {
             history_max: 65_536,
             prefetch_queue_max: 4_096,
             get_read_ahead_bytes: ByteSize::mib(32),
+            region_bytes_max: ByteSize::gib(1024),
+            regions_max: 64,
+            runs_max: 65_536,
+            mapped_bytes_max: ByteSize(0),
+            calls_per_connection_max: 64,
+            envelope_bytes_max: 4 << 20,
         }
     }
 }
@@ -312,6 +401,9 @@ impl Config {
         }
         if self.arena.l3_read_reserve_bytes.0 == 0 {
             self.arena.l3_read_reserve_bytes = ByteSize(self.arena.bytes.0 / 64);
+        }
+        if self.limits.mapped_bytes_max.0 == 0 {
+            self.limits.mapped_bytes_max = ByteSize(self.arena.bytes.0 / 4);
         }
         if self.limits.reserved_bytes_max.0 == 0 {
             self.limits.reserved_bytes_max = ByteSize(self.arena.bytes.0 / 4);
@@ -414,6 +506,17 @@ impl Config {
                 .with("limits.lease_ttl_ms_max", l.lease_ttl_ms_max)
                 .with("limits.lease_life_ms_max", l.lease_life_ms_max));
         }
+        if l.calls_per_connection_max == 0 || !(64 << 10..=64 << 20).contains(&l.envelope_bytes_max) || l.runs_max == 0 {
+            return Err(bad(
+                "limits.calls_per_connection_max and limits.runs_max are at least 1, limits.envelope_bytes_max 64KiB to 64MiB",
+            )
+            .with("limits.envelope_bytes_max", l.envelope_bytes_max));
+        }
+        if l.mapped_bytes_max.0 > self.arena.bytes.0 / 2 {
+            return Err(bad("limits.mapped_bytes_max is at most half of arena.bytes")
+                .with("limits.mapped_bytes_max", l.mapped_bytes_max)
+                .with("arena.bytes", self.arena.bytes));
+        }
         if l.deadline_ms_default > l.deadline_ms_max || l.deadline_ms_default == 0 {
             return Err(bad("deadlines are 0 < deadline_ms_default <= deadline_ms_max")
                 .with("limits.deadline_ms_default", l.deadline_ms_default)
@@ -435,6 +538,16 @@ impl Config {
                 .with("listen.metrics", m));
         }
         let guarded = l.tls_cert.is_some() && self.auth.tokens_file.is_some();
+        if let BlockListen::At(block) = l.block
+            && !block.ip().is_loopback()
+            && !guarded
+            && !l.insecure_off_loopback
+        {
+            return Err(bad("beyond loopback TLS and tokens are required for the block port as well").with("listen.block", block));
+        }
+        if let Some(uid) = self.auth.map_uids.difference(&self.auth.unix_uids).next() {
+            return Err(bad("who may map must be let in: auth.map_uids are among auth.unix_uids").with("auth.map_uids", uid));
+        }
         if !l.grpc.ip().is_loopback() && !guarded && !l.insecure_off_loopback {
             return Err(bad(
                 "beyond loopback TLS (listen.tls_cert, listen.tls_key) and tokens (auth.tokens_file) are required; \

@@ -31,7 +31,22 @@ pub enum Via {
     Unix {
         /// Peer credentials.
         uid: u32,
+        /// The process that connected; 0: not said.
+        pid: u32,
     },
+}
+
+impl Via {
+    /// Whether this peer may map the arena: the server's own user and root, who could not be kept from it, and those whom
+    /// the operator named.
+    pub fn may_map(&self, auth: &crate::config::Auth) -> bool {
+        match self {
+            Self::Tcp(_) => false,
+            Self::Unix { uid, .. } => {
+                *uid == 0 || *uid == rustix::process::getuid().as_raw() || auth.map_uids.contains(uid)
+            }
+        }
+    }
 }
 
 /// One connection; shared by the calls on it, dropped when it is closed and they are done.
@@ -155,7 +170,7 @@ mod tests {
     #[test]
     fn an_instance_ends_only_when_its_last_connection_has_been_closed_for_the_grace_period() {
         let all = Instances::new(8, Duration::from_secs(5));
-        let via = Via::Unix { uid: 0 };
+        let via = Via::Unix { uid: 0, pid: 0 };
         let (a, b) = (all.admit(via).unwrap(), all.admit(via).unwrap());
         assert!(a.say_hello(hello(1)) && b.say_hello(hello(1)) && a.say_hello(hello(1)));
         drop(a);
@@ -169,7 +184,7 @@ mod tests {
     #[test]
     fn a_tenant_cannot_speak_for_the_instance_of_another() {
         let all = Instances::new(8, Duration::ZERO);
-        let (a, b) = (all.admit(Via::Unix { uid: 0 }).unwrap(), all.admit(Via::Unix { uid: 0 }).unwrap());
+        let (a, b) = (all.admit(Via::Unix { uid: 0, pid: 0 }).unwrap(), all.admit(Via::Unix { uid: 0, pid: 0 }).unwrap());
         assert!(a.say_hello(hello(1)));
         assert!(!b.say_hello(Hello { tenant: TenantId(7), ..hello(1) }));
         assert!(b.hello().is_none());
@@ -180,9 +195,9 @@ mod tests {
     #[test]
     fn a_connection_cannot_change_its_mind_and_a_flood_is_turned_away() {
         let all = Instances::new(1, Duration::ZERO);
-        let a = all.admit(Via::Unix { uid: 0 }).unwrap();
+        let a = all.admit(Via::Unix { uid: 0, pid: 0 }).unwrap();
         assert!(a.say_hello(hello(1)));
         assert!(!a.say_hello(hello(2)));
-        assert!(all.admit(Via::Unix { uid: 0 }).is_none());
+        assert!(all.admit(Via::Unix { uid: 0, pid: 0 }).is_none());
     }
 }

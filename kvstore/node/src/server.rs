@@ -11,16 +11,21 @@ use anyhow::Context as _;
 use kvkeep_proto::v1;
 use kvkeep_proto::v1::admin_server::AdminServer;
 use kvkeep_proto::v1::blocks_server::BlocksServer;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls;
+use tokio_stream::wrappers::ReceiverStream;
 use tokio::net::{TcpListener, UnixListener};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::Router;
 use tonic::transport::{Identity, Server, ServerTlsConfig};
 
-use crate::config::Config;
+use crate::block::accept::Acceptor;
+use crate::config::{BlockListen, Config};
 use crate::listener;
 use crate::service::admin::Admin;
 use crate::service::blocks::Blocks;
-use crate::store::Store;
+use crate::store::{Store, Ways};
+use crate::verbs::Verbs;
 
 /// HTTP/2 flow-control window of one stream, bytes: a block in flight must not wait for updates.
 const STREAM_WINDOW_BYTES: u32 = 16 << 20;
@@ -43,6 +48,7 @@ const DRAIN_MAX: Duration = Duration::from_secs(10);
 pub struct Bound {
     store: Arc<Store>,
     tcp: TcpListener,
+    block: Option<(TcpListener, Option<TlsAcceptor>)>,
     unix: Option<UnixListener>,
     health: tonic_health::server::HealthReporter,
     routers: Vec<Router>,
@@ -61,6 +67,16 @@ pub async fn bind(store: Arc<Store>) -> anyhow::Result<Bound> {
                 .with_context(|| format!("cannot listen on the Unix socket {}", config.listen.unix.display()))?,
         ),
     };
+    let block = bind_block(config, tcp.local_addr()?).await?;
+    let ways = Ways {
+        block_port: block.as_ref().map_or(Ok(0), |(listener, _)| listener.local_addr().map(|a| a.port()))?,
+        unix_socket: if unix.is_some() {
+            std::path::absolute(&config.listen.unix)?.to_string_lossy().into_owned()
+        } else {
+            String::new()
+        },
+    };
+    let _ = store.ways.set(ways); // a store is bound once
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<BlocksServer<Blocks>>().await;
     let router = |tls: bool| -> anyhow::Result<Router> {
@@ -93,7 +109,46 @@ pub async fn bind(store: Arc<Store>) -> anyhow::Result<Bound> {
     if unix.is_some() {
         routers.push(router(false)?);
     }
-    Ok(Bound { store, tcp, unix, health, routers })
+    Ok(Bound { store, tcp, block, unix, health, routers })
+}
+
+/// The block port, with TLS where gRPC has it.
+async fn bind_block(
+    config: &Config,
+    grpc: SocketAddr,
+) -> anyhow::Result<Option<(TcpListener, Option<TlsAcceptor>)>> {
+    let at = match config.listen.block {
+        BlockListen::Off => return Ok(None),
+        BlockListen::At(address) => address,
+        BlockListen::Beside if config.listen.grpc.port() == 0 => SocketAddr::new(grpc.ip(), 0),
+        BlockListen::Beside => {
+            let port = grpc.port().checked_add(1).context("no port is above gRPC's: set listen.block")?;
+            SocketAddr::new(grpc.ip(), port)
+        }
+    };
+    let listener = TcpListener::bind(at)
+        .await
+        .with_context(|| format!("cannot listen on {at} for the block protocol: --block-listen names another, or `off`"))?;
+    let tls = match (&config.listen.tls_cert, &config.listen.tls_key) {
+        (Some(cert), Some(key)) => Some(block_tls(cert, key)?),
+        _ => None,
+    };
+    Ok(Some((listener, tls)))
+}
+
+fn block_tls(cert: &std::path::Path, key: &std::path::Path) -> anyhow::Result<TlsAcceptor> {
+    use rustls::pki_types::pem::PemObject as _;
+    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+    let chain = CertificateDer::pem_file_iter(cert)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .with_context(|| format!("{} holds no certificates", cert.display()))?;
+    let key = PrivateKeyDer::from_pem_file(key).with_context(|| format!("{} holds no private key", key.display()))?;
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .and_then(|b| b.with_no_client_auth().with_single_cert(chain, key))
+        .context("the TLS certificate and key do not fit")?;
+    Ok(TlsAcceptor::from(Arc::new(config)))
 }
 
 fn tls_config(config: &Config) -> anyhow::Result<ServerTlsConfig> {
@@ -132,11 +187,25 @@ impl Bound {
         let store = Arc::clone(&self.store);
         let mut servers = tokio::task::JoinSet::new();
         let instances = Arc::clone(&store.instances);
+        let acceptor = Acceptor::new(Verbs { store: Arc::clone(&store) }, stop.clone());
+        let served = acceptor.served.clone();
+        if let Some((listener, tls)) = self.block.take() {
+            let accepting = acceptor.clone().tcp(listener, tls);
+            servers.spawn(async move {
+                accepting.await;
+                Ok(())
+            });
+        }
         if let Some(unix) = self.unix.take() {
             let own = rustix::process::getuid().as_raw();
             let uids = store.config.auth.unix_uids.clone();
             let allowed = move |uid: u32| uid == own || uid == 0 || uids.contains(&uid);
-            let incoming = listener::unix(unix, Arc::clone(&instances), allowed);
+            let (accepting, incoming) = acceptor.clone().unix(unix, allowed);
+            servers.spawn(async move {
+                accepting.await;
+                Ok(())
+            });
+            let incoming = ReceiverStream::new(incoming);
             let router = self.routers.pop().context("a router for the Unix socket")?;
             servers.spawn(router.serve_with_incoming_shutdown(incoming, stop.clone().cancelled_owned()));
         }
@@ -157,7 +226,12 @@ impl Bound {
         health.set_not_serving::<BlocksServer<Blocks>>().await;
         // Streams without an end (watchers) are told; calls get their time; then the door closes.
         store.stopping().cancel();
-        if tokio::time::timeout(DRAIN_MAX, async { while servers.join_next().await.is_some() {} }).await.is_err() {
+        served.close();
+        let drained = async {
+            while servers.join_next().await.is_some() {}
+            served.wait().await;
+        };
+        if tokio::time::timeout(DRAIN_MAX, drained).await.is_err() {
             tracing::warn!(seconds = DRAIN_MAX.as_secs(), "calls were still in flight at the end of the drain");
             servers.shutdown().await;
         }

@@ -61,6 +61,7 @@ impl Store {
             for instance in self.instances.take_ended(Instant::now()) {
                 self.end_instance(instance);
             }
+            self.mapped.bury();
             if told.elapsed() >= METRICS_EVERY {
                 told = Instant::now();
                 self.counters.publish();

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use bytes::{Buf as _, BytesMut};
+use bytes::{Buf as _, BufMut as _, BytesMut};
 use kvkeep_proto::v1::Envelope;
 use prost::Message as _;
 use tokio::io::AsyncReadExt as _;
@@ -95,6 +95,26 @@ impl FrameReader {
             match patiently(self.patience, self.half.read(rest)).await? {
                 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
                 n => rest = &mut rest[n..],
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads payload behind what `to` holds.
+    ///
+    /// # Errors
+    /// As [`Self::payload`].
+    pub async fn payload_tail(&mut self, to: &mut BytesMut, len: usize) -> io::Result<()> {
+        to.reserve(len);
+        let buffered = self.buffer.len().min(len);
+        to.extend_from_slice(&self.buffer[..buffered]);
+        self.buffer.advance(buffered);
+        let mut left = len - buffered;
+        while left > 0 {
+            let mut room = (&mut *to).limit(left);
+            match patiently(self.patience, self.half.read_buf(&mut room)).await? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                n => left -= n,
             }
         }
         Ok(())

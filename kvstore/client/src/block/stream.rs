@@ -7,11 +7,14 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream, tcp, unix};
 use tokio_rustls::TlsStream;
+
+use super::reader::patiently;
 
 /// Descriptors that may wait on a connection to be asked for. A peer that sends more has lost its connection.
 pub const DESCRIPTORS_WAITING_MAX: usize = 4;
@@ -149,22 +152,23 @@ impl AsyncWrite for WriteHalf {
 
 impl WriteHalf {
     /// Writes a frame: its head and envelope, then its payload. Answers `Ok` when the kernel has all of it. A descriptor goes
-    /// with the first byte; it needs the Unix socket.
+    /// with the first byte; it needs the Unix socket. `patience`: how long the other side may take none of it.
     ///
     /// # Errors
-    /// Of the socket; `Unsupported` for a descriptor on TCP.
+    /// Of the socket; `TimedOut` where patience ended, `Unsupported` for a descriptor on TCP.
     pub async fn write_frame(
         &mut self,
         mut head: &[u8],
         mut payload: &[u8],
         descriptor: Option<BorrowedFd<'_>>,
+        patience: Option<Duration>,
     ) -> io::Result<()> {
         if let Some(descriptor) = descriptor {
-            let sent = self.send_with(head, descriptor).await?;
+            let sent = patiently(patience, self.send_with(head, descriptor)).await?;
             head = &head[sent..];
         }
         while !head.is_empty() {
-            let sent = self.write_vectored(&[IoSlice::new(head), IoSlice::new(payload)]).await?;
+            let sent = patiently(patience, self.write_vectored(&[IoSlice::new(head), IoSlice::new(payload)])).await?;
             if sent == 0 {
                 return Err(io::ErrorKind::WriteZero.into());
             }
@@ -172,8 +176,13 @@ impl WriteHalf {
             head = &head[of_head..];
             payload = &payload[sent - of_head..];
         }
-        self.write_all(payload).await?;
-        self.flush().await
+        while !payload.is_empty() {
+            match patiently(patience, self.write(payload)).await? {
+                0 => return Err(io::ErrorKind::WriteZero.into()),
+                sent => payload = &payload[sent..],
+            }
+        }
+        patiently(patience, self.flush()).await
     }
 
     async fn send_with(&mut self, bytes: &[u8], descriptor: BorrowedFd<'_>) -> io::Result<usize> {

@@ -131,8 +131,7 @@ impl Peer {
         out.head.clear();
         frame::encode(envelope, payload.len(), &mut out.head);
         let Out { half, head } = out;
-        let sent = tokio::time::timeout(SEND_PATIENCE, half.write_frame(head, payload, descriptor)).await;
-        let sent = sent.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+        let sent = half.write_frame(head, payload, descriptor, Some(SEND_PATIENCE)).await;
         if sent.is_err() {
             // Half a frame may be out: nothing that follows would be understood.
             self.gone.cancel();

@@ -15,12 +15,13 @@
 //! ```
 //!
 //! The map: [`client`] is the way that every call takes (hello, deadline, retries within [`budget`]); [`connection`] is one
-//! HTTP/2 connection and its hello; [`namespace`] has the verbs on blocks, of which [`matching`], [`get`] (with
+//! HTTP/2 connection and its hello, `endpoint` where it leads, [`embedded`] a private server that is started on demand; [`namespace`] has the verbs on blocks, of which [`matching`], [`get`] (with
 //! `assembly`, the checks on what arrives) and [`put`] are long enough for files of their own; [`events`] and [`admin`] are
 //! for routers and operators; [`convert`] translates between core and proto, and the server uses it too.
 //!
 //! What it promises: a part given back as a hit is whole, of one version, and its checksums matched; every call ends by its
-//! deadline; no call is repeated that could do harm; no task runs in the background but those of HTTP/2. A future may be
+//! deadline; no call is repeated that could do harm; no task runs in the background but those of HTTP/2 (and, where
+//! a private server was started, a thread that waits for its end). A future may be
 //! dropped at any moment: what it had reserved frees itself on the server.
 
 pub mod admin;
@@ -31,6 +32,8 @@ pub mod client;
 pub mod config;
 pub mod connection;
 pub mod convert;
+pub mod embedded;
+mod endpoint;
 pub mod error;
 pub mod events;
 pub mod get;
@@ -45,6 +48,7 @@ pub use client::{Client, Counters};
 pub use config::ClientConfig;
 pub use connection::{Hello, Limits};
 pub use convert::Retention;
+pub use embedded::LocalEndpoint;
 pub use error::{Error, ErrorKind, Result};
 pub use events::{EventStream, Watch};
 pub use get::{GetItem, GotInto, GotPart};

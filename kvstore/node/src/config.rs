@@ -10,6 +10,7 @@ use kvkeep_core::format::BLOCK_BYTES_MAX;
 use kvkeep_core::{Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::address::{self, TcpListen};
 use crate::machine;
 use crate::size::ByteSize;
 
@@ -50,9 +51,10 @@ pub struct Config {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Listen {
-    /// gRPC over TCP. Off loopback it needs TLS and tokens.
-    pub grpc: SocketAddr,
-    /// gRPC over a Unix socket; peers are known by their uid. Empty: none.
+    /// gRPC over TCP. Off loopback it needs TLS and tokens. `off`: the Unix socket only.
+    pub grpc: TcpListen,
+    /// gRPC over a Unix socket; peers are known by their uid. `auto`: `kvkeepd.sock` in the data folder, which lets in only
+    /// the server's own user and root. Empty or `off`: none. Resolved: an absolute path, or empty.
     pub unix: PathBuf,
     /// Prometheus metrics over HTTP; loopback only, no authentication. Absent: none.
     pub metrics: Option<SocketAddr>,
@@ -64,6 +66,8 @@ pub struct Listen {
     pub insecure_off_loopback: bool,
     /// Connections at a time.
     pub connections_max: u32,
+    /// Stop, as by SIGTERM, when no connection has been open for so long, counted from the start as well, ms; 0: never.
+    pub exit_when_idle_ms: u32,
 }
 
 /// Tokens and peers.
@@ -192,13 +196,14 @@ impl Default for Config {
 impl Default for Listen {
     fn default() -> Self {
         Self {
-            grpc: SocketAddr::from(([127, 0, 0, 1], 7070)),
-            unix: PathBuf::new(),
+            grpc: TcpListen::At(SocketAddr::from(([127, 0, 0, 1], 7070))),
+            unix: PathBuf::from(address::AUTO),
             metrics: None,
             tls_cert: None,
             tls_key: None,
             insecure_off_loopback: false,
             connections_max: 1024,
+            exit_when_idle_ms: 0,
         }
     }
 }
@@ -274,6 +279,10 @@ impl Default for LimitsSection {
 const ARENA_BYTES_MIN: u64 = 64 << 20;
 /// Smallest NVMe store.
 const NVME_BYTES_MIN: u64 = 64 << 20;
+/// Shortest idleness that ends a node, ms: a client that has just started it must get the time to connect.
+const EXIT_WHEN_IDLE_MS_MIN: u32 = 100;
+/// Longest one, ms: 30 days.
+const EXIT_WHEN_IDLE_MS_MAX: u32 = 30 * 24 * 3_600_000;
 /// Largest NVMe store that is chosen without being asked for.
 const NVME_BYTES_DEFAULT_MAX: u64 = 64 << 30;
 
@@ -301,8 +310,9 @@ impl Config {
         toml::to_string_pretty(self).expect("every field is a table, number, text or list")
     }
 
-    /// Puts numbers in the place of "0: choose for me", from what this machine has.
+    /// Puts numbers in the place of "0: choose for me", from what this machine has, and a path in the place of `auto`.
     pub fn resolve(mut self) -> Result<Self> {
+        self.listen.unix = address::unix_socket(&self.listen.unix, &self.data_dir);
         if self.arena.bytes.0 == 0 {
             let quarter = machine::memory_for_us()?.0 / 4;
             self.arena.bytes = ByteSize(quarter / (1 << 20) * (1 << 20));
@@ -435,7 +445,18 @@ impl Config {
                 .with("listen.metrics", m));
         }
         let guarded = l.tls_cert.is_some() && self.auth.tokens_file.is_some();
-        if !l.grpc.ip().is_loopback() && !guarded && !l.insecure_off_loopback {
+        let grpc = l.grpc.address();
+        if grpc.is_none() && l.unix.as_os_str().is_empty() {
+            return Err(bad(
+                "nothing to listen on: listen.grpc (--listen) is an address, or listen.unix (--unix-socket) a path",
+            ));
+        }
+        address::fits(&l.unix)?;
+        if l.exit_when_idle_ms != 0 && !(EXIT_WHEN_IDLE_MS_MIN..=EXIT_WHEN_IDLE_MS_MAX).contains(&l.exit_when_idle_ms) {
+            return Err(bad("listen.exit_when_idle_ms is 0 (never), or 100 ms to 30 days")
+                .with("listen.exit_when_idle_ms", l.exit_when_idle_ms));
+        }
+        if grpc.is_some_and(|a| !a.ip().is_loopback()) && !guarded && !l.insecure_off_loopback {
             return Err(bad(
                 "beyond loopback TLS (listen.tls_cert, listen.tls_key) and tokens (auth.tokens_file) are required; \
                  listen.insecure_off_loopback = true overrides",
@@ -443,6 +464,11 @@ impl Config {
             .with("listen.grpc", l.grpc));
         }
         Ok(())
+    }
+
+    /// [`Listen::exit_when_idle_ms`] as a duration; `None`: never.
+    pub fn exit_when_idle(&self) -> Option<Duration> {
+        Some(self.listen.exit_when_idle_ms).filter(|ms| *ms != 0).map(|ms| Duration::from_millis(u64::from(ms)))
     }
 
     /// [`LimitsSection::instance_grace_ms`] as a duration.
@@ -467,7 +493,15 @@ mod tests {
     #[test]
     fn what_is_shown_can_be_read_back() {
         let c = resolved();
+        assert!(c.listen.unix.is_absolute(), "{:?}", c.listen.unix);
         assert_eq!(Config::from_toml(&c.to_toml()).unwrap(), c);
+        let mut c = resolved();
+        c.listen.grpc = TcpListen::Off;
+        c.listen.exit_when_idle_ms = 30_000;
+        assert_eq!(Config::from_toml(&c.to_toml()).unwrap().resolve().unwrap(), c);
+        c.listen.grpc = Listen::default().grpc;
+        c.listen.unix = PathBuf::new();
+        assert_eq!(Config::from_toml(&c.to_toml()).unwrap().resolve().unwrap(), c, "what is off stays off");
     }
 
     #[test]
@@ -489,7 +523,7 @@ mod tests {
     #[test]
     fn broken_relations_name_their_fields() {
         type Change = fn(&mut Config);
-        let cases: [(&str, Change); 7] = [
+        let cases: [(&str, Change); 11] = [
             ("low_watermark_percent", |c| c.arena.low_watermark_percent = 40),
             ("lease_ttl_ms_max", |c| c.limits.lease_ttl_ms_max = 1),
             ("deadline_ms_default", |c| c.limits.deadline_ms_default = u32::MAX),
@@ -497,6 +531,13 @@ mod tests {
             ("reserved_bytes_max", |c| c.limits.reserved_bytes_max = ByteSize::gib(9)),
             ("arena.bytes", |c| c.arena.bytes = ByteSize(1)),
             ("tls_key", |c| c.listen.tls_cert = Some("x".into())),
+            ("listen.unix", |c| {
+                c.listen.grpc = TcpListen::Off;
+                c.listen.unix = PathBuf::new();
+            }),
+            ("listen.unix", |c| c.listen.unix = PathBuf::from(format!("/{}", "s".repeat(107)))),
+            ("exit_when_idle_ms", |c| c.listen.exit_when_idle_ms = 99),
+            ("exit_when_idle_ms", |c| c.listen.exit_when_idle_ms = u32::MAX),
         ];
         for (field, change) in cases {
             let mut c = resolved();

@@ -4,15 +4,19 @@
 //! wire) -> [`server`] (listeners, drain). [`connection`] knows who is there, [`auth`] who is who, [`counters`] what is
 //! counted.
 
+pub mod address;
 pub mod auth;
 pub mod catalogue_file;
 pub mod cli;
 pub mod config;
 pub mod connection;
 pub mod counters;
+mod detach;
+pub mod idle;
 pub mod listener;
 pub mod machine;
 pub mod server;
 pub mod service;
-pub mod size;
 pub mod store;
+
+pub use kvkeep_core::size;

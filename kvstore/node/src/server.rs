@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io;
-use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::server::Router;
 use tonic::transport::{Identity, Server, ServerTlsConfig};
 
+use crate::address::SocketFile;
 use crate::config::Config;
 use crate::listener;
 use crate::service::admin::Admin;
@@ -42,7 +42,7 @@ const DRAIN_MAX: Duration = Duration::from_secs(10);
 /// A server whose ports are bound.
 pub struct Bound {
     store: Arc<Store>,
-    tcp: TcpListener,
+    tcp: Option<TcpListener>,
     unix: Option<UnixListener>,
     health: tonic_health::server::HealthReporter,
     routers: Vec<Router>,
@@ -51,9 +51,12 @@ pub struct Bound {
 /// Binds every listener of the configuration.
 pub async fn bind(store: Arc<Store>) -> anyhow::Result<Bound> {
     let config = &store.config;
-    let tcp = TcpListener::bind(config.listen.grpc).await.with_context(|| {
-        format!("cannot listen on {}: is another kvkeepd running? try --listen 127.0.0.1:0", config.listen.grpc)
-    })?;
+    let tcp = match config.listen.grpc.address() {
+        None => None,
+        Some(address) => Some(TcpListener::bind(address).await.with_context(|| {
+            format!("cannot listen on {address}: is another kvkeepd running? try --listen 127.0.0.1:0")
+        })?),
+    };
     let unix = match config.listen.unix.as_os_str().is_empty() {
         true => None,
         false => Some(
@@ -89,7 +92,10 @@ pub async fn bind(store: Arc<Store>) -> anyhow::Result<Bound> {
             .add_service(health_service.clone())
             .add_service(reflection))
     };
-    let mut routers = vec![router(config.listen.tls_cert.is_some())?];
+    let mut routers = Vec::new();
+    if tcp.is_some() {
+        routers.push(router(config.listen.tls_cert.is_some())?);
+    }
     if unix.is_some() {
         routers.push(router(false)?);
     }
@@ -122,9 +128,13 @@ fn bind_unix(path: &std::path::Path) -> io::Result<UnixListener> {
 }
 
 impl Bound {
-    /// Where TCP clients find it.
-    pub fn address(&self) -> io::Result<SocketAddr> {
-        self.tcp.local_addr()
+    /// Where clients find it, for the line that scripts wait for: the address of TCP, or `unix:` and the path of the socket
+    /// where that is all there is.
+    pub fn ready(&self) -> io::Result<String> {
+        Ok(match &self.tcp {
+            Some(tcp) => tcp.local_addr()?.to_string(),
+            None => format!("unix:{}", self.store.config.listen.unix.display()),
+        })
     }
 
     /// Serves until `stop`; then refuses new work, lets calls in flight end, and returns.
@@ -132,7 +142,9 @@ impl Bound {
         let store = Arc::clone(&self.store);
         let mut servers = tokio::task::JoinSet::new();
         let instances = Arc::clone(&store.instances);
+        let mut socket_file = None;
         if let Some(unix) = self.unix.take() {
+            socket_file = Some(SocketFile::of(&store.config.listen.unix).context("the socket's file")?);
             let own = rustix::process::getuid().as_raw();
             let uids = store.config.auth.unix_uids.clone();
             let allowed = move |uid: u32| uid == own || uid == 0 || uids.contains(&uid);
@@ -140,9 +152,11 @@ impl Bound {
             let router = self.routers.pop().context("a router for the Unix socket")?;
             servers.spawn(router.serve_with_incoming_shutdown(incoming, stop.clone().cancelled_owned()));
         }
-        let router = self.routers.pop().context("a router for TCP")?;
-        let incoming = listener::tcp(self.tcp, instances);
-        servers.spawn(router.serve_with_incoming_shutdown(incoming, stop.clone().cancelled_owned()));
+        if let Some(tcp) = self.tcp.take() {
+            let router = self.routers.pop().context("a router for TCP")?;
+            let incoming = listener::tcp(tcp, instances);
+            servers.spawn(router.serve_with_incoming_shutdown(incoming, stop.clone().cancelled_owned()));
+        }
         let health = self.health;
         let ended = async {
             while let Some(result) = servers.join_next().await {
@@ -160,6 +174,9 @@ impl Bound {
         if tokio::time::timeout(DRAIN_MAX, async { while servers.join_next().await.is_some() {} }).await.is_err() {
             tracing::warn!(seconds = DRAIN_MAX.as_secs(), "calls were still in flight at the end of the drain");
             servers.shutdown().await;
+        }
+        if let Some(file) = socket_file {
+            file.remove();
         }
         Ok(())
     }

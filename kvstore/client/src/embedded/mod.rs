@@ -60,7 +60,7 @@ pub struct LocalEndpoint {
     folder: PathBuf,
     dram: Option<ByteSize>,
     nvme: Option<Nvme>,
-    idle_s: u32,
+    idle_s: Option<u32>,
     /// When the last start failed, and why; shared by the connections of a client.
     failed: Arc<Mutex<Option<(Instant, Error)>>>,
 }
@@ -96,7 +96,7 @@ impl LocalEndpoint {
         }
         let folder = std::path::absolute(folder)
             .map_err(|e| Error::config("the folder is relative, and there is no current folder").caused_by(e))?;
-        let mut endpoint = Self { folder, dram: None, nvme: None, idle_s: IDLE_DEFAULT_S, failed: Arc::default() };
+        let mut endpoint = Self { folder, dram: None, nvme: None, idle_s: None, failed: Arc::default() };
         fits(&endpoint.socket())?;
         let mut seen = Vec::new();
         for parameter in parameters.split('&').filter(|p| !p.is_empty()) {
@@ -124,10 +124,11 @@ impl LocalEndpoint {
             "nvme" if value == "off" => self.nvme = Some(Nvme::Off),
             "nvme" => self.nvme = Some(Nvme::Bytes(size()?)),
             "idle" => {
-                self.idle_s = value.parse().ok().filter(|s| *s <= IDLE_MAX_S).ok_or_else(|| {
+                let seconds = value.parse().ok().filter(|s| *s <= IDLE_MAX_S);
+                self.idle_s = Some(seconds.ok_or_else(|| {
                     Error::config("idle is a whole number of seconds, at most 30 days; 0: the server never ends")
                         .with("idle", value)
-                })?;
+                })?);
             }
             _ => {
                 return Err(
@@ -158,7 +159,8 @@ impl LocalEndpoint {
         let mut arguments: Vec<OsString> =
             vec!["--data-dir".into(), (&self.folder).into(), "--unix-socket".into(), self.socket().into()];
         arguments.extend(["--listen", "off", "--detached"].map(OsString::from));
-        for (flag, value) in self.settings() {
+        let idle_unless_named = self.idle_s.is_none().then(|| idle_flag(IDLE_DEFAULT_S));
+        for (flag, value) in idle_unless_named.into_iter().chain(self.settings()) {
             arguments.push(flag.into());
             arguments.extend(value.map(OsString::from));
         }
@@ -167,7 +169,7 @@ impl LocalEndpoint {
 
     /// The flags that follow from the parameters that were named, with their values.
     fn settings(&self) -> Vec<(&'static str, Option<String>)> {
-        let mut settings = vec![("--exit-when-idle-ms", Some((u64::from(self.idle_s) * 1000).to_string()))];
+        let mut settings: Vec<_> = self.idle_s.map(idle_flag).into_iter().collect();
         settings.extend(self.dram.map(|bytes| ("--arena-bytes", Some(bytes.0.to_string()))));
         settings.extend(self.nvme.map(|nvme| match nvme {
             Nvme::Off => ("--no-nvme", None),
@@ -190,6 +192,10 @@ impl LocalEndpoint {
         };
         self.settings().into_iter().filter_map(differs).collect()
     }
+}
+
+fn idle_flag(seconds: u32) -> (&'static str, Option<String>) {
+    ("--exit-when-idle-ms", Some((u64::from(seconds) * 1000).to_string()))
 }
 
 impl fmt::Debug for LocalEndpoint {
@@ -284,16 +290,17 @@ mod tests {
     fn an_endpoint_is_a_folder_with_parameters() {
         let plain: LocalEndpoint = "local:/kv".parse().unwrap();
         assert_eq!((plain.folder(), plain.socket()), (Path::new("/kv"), PathBuf::from("/kv/kvkeepd.sock")));
-        assert_eq!((plain.dram, plain.nvme, plain.idle_s), (None, None, IDLE_DEFAULT_S));
+        assert_eq!((plain.dram, plain.nvme, plain.idle_s), (None, None, None));
+        assert!(plain.arguments().contains(&"30000".into()), "{:?}", plain.arguments());
         assert_eq!(plain.plain(), "unix:/kv/kvkeepd.sock");
         let full: LocalEndpoint = "local:///kv?dram=4GiB&nvme=50GiB&idle=5".parse().unwrap();
         assert_eq!(full.folder(), Path::new("/kv"));
         assert_eq!(full.dram, Some(ByteSize::gib(4)));
         assert_eq!(full.nvme, Some(Nvme::Bytes(ByteSize::gib(50))));
-        assert_eq!(full.idle_s, 5);
+        assert_eq!(full.idle_s, Some(5));
         let off: LocalEndpoint = "local:kv?nvme=off&idle=0".parse().unwrap();
         assert!(off.folder().is_absolute());
-        assert_eq!((off.nvme, off.idle_s), (Some(Nvme::Off), 0));
+        assert_eq!((off.nvme, off.idle_s), (Some(Nvme::Off), Some(0)));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The Rust SDK of KVKeep, over gRPC. Everyone who talks to a server uses it: benches, the CLI, the agent, Python.
+//! The Rust SDK of KVKeep, over gRPC (TCP or a Unix socket). Everyone who talks to a server uses it: benches, the CLI, the agent, Python.
 //!
 //! ```no_run
 //! # async fn f(format: kvkeep_core::Format, key: bytes::Bytes, block: bytes::Bytes) -> kvkeep_client::Result<()> {
@@ -40,6 +40,11 @@ pub mod get;
 pub mod matching;
 pub mod namespace;
 pub mod put;
+
+/// The Rust of `docs/embedding.md`, compiled with the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/embedding.md")]
+struct EmbeddingPage;
 
 pub use admin::Admin;
 pub use budget::RetryBudget;

@@ -102,16 +102,21 @@ pub(crate) struct Tries<'a> {
 }
 
 impl Client {
-    /// Connects and says hello on every connection. Fails within the connect timeout and the deadline where nobody answers.
+    /// Connects and says hello on every connection. Fails within the connect timeout and the deadline where nobody answers;
+    /// an endpoint `local:` starts its server first, within [`crate::embedded::START_MAX`].
     pub async fn connect(config: ClientConfig) -> Result<Self> {
         config.validate()?;
-        let connections = (0..config.connections).map(|_| Connection::lazy(&config)).collect::<Result<Vec<_>>>()?;
+        let target = config.target()?;
+        let lazy = |_| Connection::lazy(&config, &target);
+        let connections = (0..config.connections).map(lazy).collect::<Result<Vec<_>>>()?;
         let within = config.deadline.min(config.connect_timeout + Duration::from_secs(3));
         let mut first = None;
         let counts = Counts::default();
         for connection in &connections {
-            let (_, hello) =
-                connection.greet(&config, within).await.map_err(|e| e.with("endpoint", &config.endpoint))?;
+            let (_, hello) = connection
+                .introduce(&config, &target, within)
+                .await
+                .map_err(|e| e.with("endpoint", &config.endpoint))?;
             count(&counts.hellos, 1);
             first = first.or(hello);
         }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use kvkeep_core::InstanceId;
 
 use crate::budget::RetryBudget;
+use crate::endpoint::Target;
 use crate::error::{Error, Result};
 
 /// Where a server listens when nothing else is said.
@@ -17,7 +18,8 @@ pub const CONNECTIONS_MAX: usize = 64;
 /// Everything a client needs to know. `ClientConfig::default()` talks to a server with defaults on this machine.
 #[derive(Clone)]
 pub struct ClientConfig {
-    /// `http://host:port`, `https://host:port`, or `host:port` for http.
+    /// `http://host:port`, `https://host:port`, or `host:port` for http; `unix:/path` for the socket of a server on this
+    /// host; `local:folder` for a private one that is started where none answers ([`crate::embedded`]).
     pub endpoint: String,
     /// Bearer token. Never shown by `Debug`.
     pub token: Option<String>,
@@ -29,11 +31,12 @@ pub struct ClientConfig {
     pub name: String,
     /// Names this engine instance: leases belong to it, and processes that share one share its leases. Random by default.
     pub instance: InstanceId,
-    /// TCP connections, 1 to [`CONNECTIONS_MAX`]. More than one helps large transfers; calls take turns.
+    /// Connections, 1 to [`CONNECTIONS_MAX`]. More than one helps large transfers; calls take turns.
     pub connections: usize,
     /// Of a call that names none.
     pub deadline: Duration,
-    /// Longest wait for one TCP (and TLS) connection.
+    /// Longest wait for one TCP (and TLS) connection, or one to a Unix socket. The start of a private server has its own
+    /// bound, [`crate::embedded::START_MAX`].
     pub connect_timeout: Duration,
     /// Bounds on trying again.
     pub retry: RetryBudget,
@@ -74,17 +77,9 @@ impl ClientConfig {
         Self { endpoint: endpoint.into(), ..Self::default() }
     }
 
-    /// The endpoint with its scheme.
-    pub(crate) fn uri(&self) -> Result<String> {
-        match self.endpoint.split_once("://") {
-            None if self.endpoint.is_empty() => Err(Error::config("the endpoint is empty")),
-            None => Ok(format!("http://{}", self.endpoint)),
-            Some(("http" | "https", _)) => Ok(self.endpoint.clone()),
-            Some((scheme, _)) => {
-                Err(Error::config("an endpoint is http://host:port, https://host:port or host:port")
-                    .with("scheme", scheme))
-            }
-        }
+    /// Where the endpoint leads.
+    pub(crate) fn target(&self) -> Result<Target> {
+        Target::parse(&self.endpoint)
     }
 
     pub(crate) fn validate(&self) -> Result<()> {
@@ -123,10 +118,14 @@ mod tests {
 
     #[test]
     fn an_endpoint_without_a_scheme_is_http() {
-        assert_eq!(ClientConfig::to("host:7070").uri().unwrap(), "http://host:7070");
-        assert_eq!(ClientConfig::to("https://host:7070").uri().unwrap(), "https://host:7070");
-        assert!(ClientConfig::to("unix:///socket").uri().is_err());
-        assert!(ClientConfig::to("").uri().is_err());
+        for (endpoint, uri) in [("host:7070", "http://host:7070"), ("https://host:7070", "https://host:7070")] {
+            let target = ClientConfig::to(endpoint).target().unwrap();
+            assert!(matches!(&target, Target::Tcp(said) if said == uri), "{endpoint}: {target:?}");
+        }
+        assert!(matches!(ClientConfig::to("unix:///socket").target().unwrap(), Target::Unix(_)));
+        assert!(matches!(ClientConfig::to("local:/folder").target().unwrap(), Target::Local(_)));
+        assert!(ClientConfig::to("ftp://host").target().is_err());
+        assert!(ClientConfig::to("").target().is_err());
     }
 
     #[test]

@@ -15,6 +15,8 @@ use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
 
 use crate::config::ClientConfig;
+use crate::embedded;
+use crate::endpoint::{self, Target};
 use crate::error::{Error, ErrorKind, Result};
 
 /// HTTP/2 flow-control window of one stream, bytes. With the default of 64 KiB a call waits for the network every 64 KiB.
@@ -29,6 +31,9 @@ const MESSAGE_BYTES_MAX: usize = 32 << 20;
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// And counts as broken when it has not answered after so long.
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Times that a private server is looked for before the first hello is given up.
+const INTRODUCTIONS_MAX: u32 = 3;
 
 /// What generated clients stand on: a channel that adds the token.
 pub(crate) type Wire = InterceptedService<Channel, Bearer>;
@@ -152,12 +157,15 @@ pub(crate) struct Connection {
 
 impl Connection {
     /// Sets up a channel; dials at its first call.
-    pub(crate) fn lazy(config: &ClientConfig) -> Result<Self> {
-        let uri = config.uri()?;
+    pub(crate) fn lazy(config: &ClientConfig, target: &Target) -> Result<Self> {
+        let uri = match target {
+            Target::Tcp(uri) => uri.as_str(),
+            Target::Unix(_) | Target::Local(_) => endpoint::NO_HOST,
+        };
         let bad = |e: tonic::transport::Error| {
             Error::config("the endpoint is not an address").with("endpoint", &config.endpoint).caused_by(e)
         };
-        let mut endpoint = Endpoint::from_shared(uri.clone()).map_err(bad)?;
+        let mut endpoint = Endpoint::from_shared(uri.to_owned()).map_err(bad)?;
         if uri.starts_with("https://") {
             let pem = match (&config.ca_pem, &config.ca_file) {
                 (Some(pem), _) => pem.clone(),
@@ -176,18 +184,20 @@ impl Connection {
                 .tls_config(ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem)))
                 .map_err(|e| Error::config("the certificate authority is not usable PEM").caused_by(e))?;
         }
-        let channel = endpoint
+        let endpoint = endpoint
             .user_agent(config.name.clone())
             .map_err(|e| Error::config("the client's name is not a header value").caused_by(e))?
-            .connect_timeout(config.connect_timeout)
             .tcp_nodelay(true)
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .max_frame_size(FRAME_BYTES_MAX)
             .http2_keep_alive_interval(KEEP_ALIVE)
             .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
-            .keep_alive_while_idle(true)
-            .connect_lazy();
+            .keep_alive_while_idle(true);
+        let channel = match target {
+            Target::Tcp(_) => endpoint.connect_timeout(config.connect_timeout).connect_lazy(),
+            Target::Unix(_) | Target::Local(_) => endpoint::channel(&endpoint, target.clone(), config.connect_timeout),
+        };
         let bearer = match &config.token {
             None => None,
             Some(token) => {
@@ -203,6 +213,26 @@ impl Connection {
             greeted: AtomicU64::new(0),
             gate: tokio::sync::Mutex::new(0),
         })
+    }
+
+    /// The first hello. A private server is started before it, and once more where it ended, having been idle for so long,
+    /// just when it was found.
+    pub(crate) async fn introduce(
+        &self,
+        config: &ClientConfig,
+        target: &Target,
+        within: Duration,
+    ) -> Result<(u64, Option<Arc<Hello>>)> {
+        let Target::Local(local) = target else { return self.greet(config, within).await };
+        let mut tries = 0;
+        loop {
+            embedded::ensure(local).await?;
+            tries += 1;
+            match self.greet(config, within).await {
+                Err(e) if e.kind() == ErrorKind::Unreachable && tries < INTRODUCTIONS_MAX => {}
+                result => return result,
+            }
+        }
     }
 
     pub(crate) fn wire(&self) -> Wire {

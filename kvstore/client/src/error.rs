@@ -131,6 +131,9 @@ impl Error {
         if let Some(detail) = convert::detail_from_status(&status) {
             return Self::from_detail(detail).with("verb", verb);
         }
+        if let Some(error) = causes::<Self>(&status).next() {
+            return error.clone().with("verb", verb); // our own end could not connect, and says why
+        }
         // No detail: not one of our answers, but something on the way (tonic, a proxy, the connection).
         let mut error = match status.code() {
             tonic::Code::DeadlineExceeded => Self::late(verb),
@@ -186,26 +189,19 @@ impl Error {
     }
 }
 
-/// Whether an error of this type, for which `is` holds, stands behind the status.
-fn caused<E: std::error::Error + 'static>(status: &tonic::Status, is: impl Fn(&E) -> bool) -> bool {
-    let mut next: Option<&(dyn std::error::Error + 'static)> = std::error::Error::source(status);
-    while let Some(error) = next {
-        if error.downcast_ref::<E>().is_some_and(&is) {
-            return true;
-        }
-        next = error.source();
-    }
-    false
+/// The errors of this type that stand behind the status.
+fn causes<E: std::error::Error + 'static>(status: &tonic::Status) -> impl Iterator<Item = &E> {
+    std::iter::successors(std::error::Error::source(status), |error| error.source()).filter_map(|e| e.downcast_ref())
 }
 
 /// Whether the call failed before a byte of it was sent: the connection could not be made.
 fn never_left(status: &tonic::Status) -> bool {
-    caused::<std::io::Error>(status, |e| e.kind() == std::io::ErrorKind::ConnectionRefused)
+    causes::<std::io::Error>(status).any(|e| e.kind() == std::io::ErrorKind::ConnectionRefused)
 }
 
 /// Whether our own end of the connection gave up on the answer (tonic then says `Cancelled`).
 fn timed_out(status: &tonic::Status) -> bool {
-    caused::<tonic::TimeoutExpired>(status, |_| true)
+    causes::<tonic::TimeoutExpired>(status).next().is_some()
 }
 
 impl fmt::Display for Error {

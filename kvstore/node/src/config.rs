@@ -10,6 +10,7 @@ use kvkeep_core::format::BLOCK_BYTES_MAX;
 use kvkeep_core::{Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::address::{self, BlockListen, TcpListen};
 use crate::machine;
 use crate::size::ByteSize;
 
@@ -50,12 +51,13 @@ pub struct Config {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Listen {
-    /// gRPC over TCP. Off loopback it needs TLS and tokens.
-    pub grpc: SocketAddr,
-    /// The block protocol over TCP, with the TLS of `grpc`. Absent: on the address of `grpc`, one port higher (where that is
-    /// 0: any). `off` in the text of a file or flag: none.
+    /// gRPC over TCP. Off loopback it needs TLS and tokens. `off`: the Unix socket only.
+    pub grpc: TcpListen,
+    /// The block protocol over TCP, with the TLS of `grpc`. `auto`: on the address of `grpc`, one port higher (where that is
+    /// 0: any; where it is `off`: nowhere). `off`: none.
     pub block: BlockListen,
-    /// gRPC and the block protocol over a Unix socket; peers are known by their uid. Empty: none.
+    /// gRPC and the block protocol over a Unix socket; peers are known by their uid. `auto`: `kvkeepd.sock` in the data
+    /// folder, which lets in only the server's own user and root. Empty or `off`: none. Resolved: an absolute path, or empty.
     pub unix: PathBuf,
     /// Prometheus metrics over HTTP; loopback only, no authentication. Absent: none.
     pub metrics: Option<SocketAddr>,
@@ -67,6 +69,8 @@ pub struct Listen {
     pub insecure_off_loopback: bool,
     /// Connections at a time.
     pub connections_max: u32,
+    /// Stop, as by SIGTERM, when no connection has been open for so long, counted from the start as well, ms; 0: never.
+    pub exit_when_idle_ms: u32,
 }
 
 /// Tokens and peers.
@@ -119,49 +123,6 @@ pub enum VerifyDram {
     Sampled,
     /// All of it.
     Always,
-}
-
-/// Where the block port is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub enum BlockListen {
-    /// Beside the gRPC port.
-    #[default]
-    Beside,
-    /// Nowhere.
-    Off,
-    /// Here.
-    At(SocketAddr),
-}
-
-impl std::str::FromStr for BlockListen {
-    type Err = String;
-
-    fn from_str(text: &str) -> std::result::Result<Self, String> {
-        match text {
-            "auto" => Ok(Self::Beside),
-            "off" => Ok(Self::Off),
-            _ => text.parse().map(Self::At).map_err(|_| format!("{text:?} is no address:port, `auto` or `off`")),
-        }
-    }
-}
-
-impl TryFrom<String> for BlockListen {
-    type Error = String;
-
-    fn try_from(text: String) -> std::result::Result<Self, String> {
-        text.parse()
-    }
-}
-
-impl From<BlockListen> for String {
-    fn from(listen: BlockListen) -> Self {
-        match listen {
-            BlockListen::Beside => "auto".into(),
-            BlockListen::Off => "off".into(),
-            BlockListen::At(address) => address.to_string(),
-        }
-    }
 }
 
 /// The NVMe store.
@@ -272,14 +233,15 @@ impl Default for Config {
 impl Default for Listen {
     fn default() -> Self {
         Self {
-            grpc: SocketAddr::from(([127, 0, 0, 1], 7070)),
+            grpc: TcpListen::At(SocketAddr::from(([127, 0, 0, 1], 7070))),
             block: BlockListen::default(),
-            unix: PathBuf::new(),
+            unix: PathBuf::from(address::AUTO),
             metrics: None,
             tls_cert: None,
             tls_key: None,
             insecure_off_loopback: false,
             connections_max: 1024,
+            exit_when_idle_ms: 0,
         }
     }
 }
@@ -363,6 +325,10 @@ impl Default for LimitsSection {
 const ARENA_BYTES_MIN: u64 = 64 << 20;
 /// Smallest NVMe store.
 const NVME_BYTES_MIN: u64 = 64 << 20;
+/// Shortest idleness that ends a node, ms: a client that has just started it must get the time to connect.
+const EXIT_WHEN_IDLE_MS_MIN: u32 = 100;
+/// Longest one, ms: 30 days.
+const EXIT_WHEN_IDLE_MS_MAX: u32 = 30 * 24 * 3_600_000;
 /// Largest NVMe store that is chosen without being asked for.
 const NVME_BYTES_DEFAULT_MAX: u64 = 64 << 30;
 
@@ -390,8 +356,9 @@ impl Config {
         toml::to_string_pretty(self).expect("every field is a table, number, text or list")
     }
 
-    /// Puts numbers in the place of "0: choose for me", from what this machine has.
+    /// Puts numbers in the place of "0: choose for me", from what this machine has, and a path in the place of `auto`.
     pub fn resolve(mut self) -> Result<Self> {
+        self.listen.unix = address::unix_socket(&self.listen.unix, &self.data_dir);
         if self.arena.bytes.0 == 0 {
             let quarter = machine::memory_for_us()?.0 / 4;
             self.arena.bytes = ByteSize(quarter / (1 << 20) * (1 << 20));
@@ -506,7 +473,8 @@ impl Config {
                 .with("limits.lease_ttl_ms_max", l.lease_ttl_ms_max)
                 .with("limits.lease_life_ms_max", l.lease_life_ms_max));
         }
-        if l.calls_per_connection_max == 0 || !(64 << 10..=64 << 20).contains(&l.envelope_bytes_max) || l.runs_max == 0 {
+        if l.calls_per_connection_max == 0 || !(64 << 10..=64 << 20).contains(&l.envelope_bytes_max) || l.runs_max == 0
+        {
             return Err(bad(
                 "limits.calls_per_connection_max and limits.runs_max are at least 1, limits.envelope_bytes_max 64KiB to 64MiB",
             )
@@ -543,12 +511,26 @@ impl Config {
             && !guarded
             && !l.insecure_off_loopback
         {
-            return Err(bad("beyond loopback TLS and tokens are required for the block port as well").with("listen.block", block));
+            return Err(bad("beyond loopback TLS and tokens are required for the block port as well")
+                .with("listen.block", block));
         }
         if let Some(uid) = self.auth.map_uids.difference(&self.auth.unix_uids).next() {
-            return Err(bad("who may map must be let in: auth.map_uids are among auth.unix_uids").with("auth.map_uids", uid));
+            return Err(
+                bad("who may map must be let in: auth.map_uids are among auth.unix_uids").with("auth.map_uids", uid)
+            );
         }
-        if !l.grpc.ip().is_loopback() && !guarded && !l.insecure_off_loopback {
+        let grpc = l.grpc.address();
+        if grpc.is_none() && l.unix.as_os_str().is_empty() {
+            return Err(bad(
+                "nothing to listen on: listen.grpc (--listen) is an address, or listen.unix (--unix-socket) a path",
+            ));
+        }
+        address::fits(&l.unix)?;
+        if l.exit_when_idle_ms != 0 && !(EXIT_WHEN_IDLE_MS_MIN..=EXIT_WHEN_IDLE_MS_MAX).contains(&l.exit_when_idle_ms) {
+            return Err(bad("listen.exit_when_idle_ms is 0 (never), or 100 ms to 30 days")
+                .with("listen.exit_when_idle_ms", l.exit_when_idle_ms));
+        }
+        if grpc.is_some_and(|a| !a.ip().is_loopback()) && !guarded && !l.insecure_off_loopback {
             return Err(bad(
                 "beyond loopback TLS (listen.tls_cert, listen.tls_key) and tokens (auth.tokens_file) are required; \
                  listen.insecure_off_loopback = true overrides",
@@ -556,6 +538,11 @@ impl Config {
             .with("listen.grpc", l.grpc));
         }
         Ok(())
+    }
+
+    /// [`Listen::exit_when_idle_ms`] as a duration; `None`: never.
+    pub fn exit_when_idle(&self) -> Option<Duration> {
+        Some(self.listen.exit_when_idle_ms).filter(|ms| *ms != 0).map(|ms| Duration::from_millis(u64::from(ms)))
     }
 
     /// [`LimitsSection::instance_grace_ms`] as a duration.
@@ -580,7 +567,15 @@ mod tests {
     #[test]
     fn what_is_shown_can_be_read_back() {
         let c = resolved();
+        assert!(c.listen.unix.is_absolute(), "{:?}", c.listen.unix);
         assert_eq!(Config::from_toml(&c.to_toml()).unwrap(), c);
+        let mut c = resolved();
+        c.listen.grpc = TcpListen::Off;
+        c.listen.exit_when_idle_ms = 30_000;
+        assert_eq!(Config::from_toml(&c.to_toml()).unwrap().resolve().unwrap(), c);
+        c.listen.grpc = Listen::default().grpc;
+        c.listen.unix = PathBuf::new();
+        assert_eq!(Config::from_toml(&c.to_toml()).unwrap().resolve().unwrap(), c, "what is off stays off");
     }
 
     #[test]
@@ -602,7 +597,7 @@ mod tests {
     #[test]
     fn broken_relations_name_their_fields() {
         type Change = fn(&mut Config);
-        let cases: [(&str, Change); 7] = [
+        let cases: [(&str, Change); 11] = [
             ("low_watermark_percent", |c| c.arena.low_watermark_percent = 40),
             ("lease_ttl_ms_max", |c| c.limits.lease_ttl_ms_max = 1),
             ("deadline_ms_default", |c| c.limits.deadline_ms_default = u32::MAX),
@@ -610,6 +605,13 @@ mod tests {
             ("reserved_bytes_max", |c| c.limits.reserved_bytes_max = ByteSize::gib(9)),
             ("arena.bytes", |c| c.arena.bytes = ByteSize(1)),
             ("tls_key", |c| c.listen.tls_cert = Some("x".into())),
+            ("listen.unix", |c| {
+                c.listen.grpc = TcpListen::Off;
+                c.listen.unix = PathBuf::new();
+            }),
+            ("listen.unix", |c| c.listen.unix = PathBuf::from(format!("/{}", "s".repeat(107)))),
+            ("exit_when_idle_ms", |c| c.listen.exit_when_idle_ms = 99),
+            ("exit_when_idle_ms", |c| c.listen.exit_when_idle_ms = u32::MAX),
         ];
         for (field, change) in cases {
             let mut c = resolved();

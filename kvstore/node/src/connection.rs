@@ -86,13 +86,17 @@ impl Drop for Connection {
         if let Some(hello) = self.hello.get() {
             self.instances.left(hello.instance);
         }
-        self.instances.open.fetch_sub(1, Ordering::Relaxed);
+        // Who sees the last connection gone must see when it went.
+        *self.instances.changed.lock() = Instant::now();
+        self.instances.open.fetch_sub(1, Ordering::Release);
     }
 }
 
 /// All connections and instances of a node.
 pub struct Instances {
     open: AtomicU32,
+    /// When a connection was last closed; at first, when the node was started.
+    changed: Mutex<Instant>,
     connections_max: u32,
     grace: Duration,
     live: Mutex<HashMap<InstanceId, Live>>,
@@ -108,7 +112,8 @@ struct Live {
 impl Instances {
     /// `grace`: how long an instance outlives its last connection.
     pub fn new(connections_max: u32, grace: Duration) -> Arc<Self> {
-        Arc::new(Self { open: AtomicU32::new(0), connections_max, grace, live: Mutex::default() })
+        let changed = Mutex::new(Instant::now());
+        Arc::new(Self { open: AtomicU32::new(0), changed, connections_max, grace, live: Mutex::default() })
     }
 
     /// A place for a new connection; `None` where `connections_max` are open.
@@ -122,6 +127,12 @@ impl Instances {
     /// Connections open now.
     pub fn open(&self) -> u32 {
         self.open.load(Ordering::Relaxed)
+    }
+
+    /// For how long no connection has been open; `None` while one is.
+    pub fn idle_for(&self, now: Instant) -> Option<Duration> {
+        // In this order: a connection that is seen to be gone has written down when it went.
+        (self.open.load(Ordering::Acquire) == 0).then(|| now.saturating_duration_since(*self.changed.lock()))
     }
 
     fn joined(&self, instance: InstanceId, tenant: TenantId) -> bool {
@@ -184,12 +195,27 @@ mod tests {
     #[test]
     fn a_tenant_cannot_speak_for_the_instance_of_another() {
         let all = Instances::new(8, Duration::ZERO);
-        let (a, b) = (all.admit(Via::Unix { uid: 0, pid: 0 }).unwrap(), all.admit(Via::Unix { uid: 0, pid: 0 }).unwrap());
+        let (a, b) =
+            (all.admit(Via::Unix { uid: 0, pid: 0 }).unwrap(), all.admit(Via::Unix { uid: 0, pid: 0 }).unwrap());
         assert!(a.say_hello(hello(1)));
         assert!(!b.say_hello(Hello { tenant: TenantId(7), ..hello(1) }));
         assert!(b.hello().is_none());
         drop(b);
         assert!(all.take_ended(Instant::now()).is_empty(), "the other's end is not this one's");
+    }
+
+    #[test]
+    fn idleness_is_counted_from_the_end_of_the_last_connection() {
+        let all = Instances::new(8, Duration::ZERO);
+        let later = Instant::now() + Duration::from_secs(60);
+        assert!(all.idle_for(later).is_some_and(|idle| idle >= Duration::from_secs(60)), "from the start");
+        let a = all.admit(Via::Unix { uid: 0, pid: 0 }).unwrap();
+        let b = all.admit(Via::Unix { uid: 0, pid: 0 }).unwrap();
+        drop(a);
+        assert_eq!(all.idle_for(later), None, "one is still open");
+        let before = Instant::now();
+        drop(b);
+        assert!(all.idle_for(later).is_some_and(|idle| idle <= later - before));
     }
 
     #[test]

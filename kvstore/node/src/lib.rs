@@ -4,6 +4,7 @@
 //! [`service`] (over gRPC) and [`block`] (over the block protocol) -> [`server`] (listeners, drain). [`connection`] knows who is there, [`auth`] who is who, [`counters`] what is
 //! counted.
 
+pub mod address;
 pub mod auth;
 pub mod block;
 pub mod catalogue_file;
@@ -11,10 +12,13 @@ pub mod cli;
 pub mod config;
 pub mod connection;
 pub mod counters;
+mod detach;
+pub mod idle;
 pub mod listener;
 pub mod machine;
 pub mod server;
 pub mod service;
-pub mod size;
 pub mod store;
 pub mod verbs;
+
+pub use kvkeep_core::size;

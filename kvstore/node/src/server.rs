@@ -11,16 +11,17 @@ use anyhow::Context as _;
 use kvkeep_proto::v1;
 use kvkeep_proto::v1::admin_server::AdminServer;
 use kvkeep_proto::v1::blocks_server::BlocksServer;
+use tokio::net::{TcpListener, UnixListener};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls;
 use tokio_stream::wrappers::ReceiverStream;
-use tokio::net::{TcpListener, UnixListener};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::Router;
 use tonic::transport::{Identity, Server, ServerTlsConfig};
 
+use crate::address::{BlockListen, SocketFile};
 use crate::block::accept::Acceptor;
-use crate::config::{BlockListen, Config};
+use crate::config::Config;
 use crate::listener;
 use crate::service::admin::Admin;
 use crate::service::blocks::Blocks;
@@ -47,7 +48,7 @@ const DRAIN_MAX: Duration = Duration::from_secs(10);
 /// A server whose ports are bound.
 pub struct Bound {
     store: Arc<Store>,
-    tcp: TcpListener,
+    tcp: Option<TcpListener>,
     block: Option<(TcpListener, Option<TlsAcceptor>)>,
     unix: Option<UnixListener>,
     health: tonic_health::server::HealthReporter,
@@ -57,9 +58,12 @@ pub struct Bound {
 /// Binds every listener of the configuration.
 pub async fn bind(store: Arc<Store>) -> anyhow::Result<Bound> {
     let config = &store.config;
-    let tcp = TcpListener::bind(config.listen.grpc).await.with_context(|| {
-        format!("cannot listen on {}: is another kvkeepd running? try --listen 127.0.0.1:0", config.listen.grpc)
-    })?;
+    let tcp = match config.listen.grpc.address() {
+        None => None,
+        Some(address) => Some(TcpListener::bind(address).await.with_context(|| {
+            format!("cannot listen on {address}: is another kvkeepd running? try --listen 127.0.0.1:0")
+        })?),
+    };
     let unix = match config.listen.unix.as_os_str().is_empty() {
         true => None,
         false => Some(
@@ -67,14 +71,11 @@ pub async fn bind(store: Arc<Store>) -> anyhow::Result<Bound> {
                 .with_context(|| format!("cannot listen on the Unix socket {}", config.listen.unix.display()))?,
         ),
     };
-    let block = bind_block(config, tcp.local_addr()?).await?;
+    let block = bind_block(config, tcp.as_ref().map(TcpListener::local_addr).transpose()?).await?;
     let ways = Ways {
         block_port: block.as_ref().map_or(Ok(0), |(listener, _)| listener.local_addr().map(|a| a.port()))?,
-        unix_socket: if unix.is_some() {
-            std::path::absolute(&config.listen.unix)?.to_string_lossy().into_owned()
-        } else {
-            String::new()
-        },
+        // Resolved: an absolute path, or empty.
+        unix_socket: config.listen.unix.to_string_lossy().into_owned(),
     };
     let _ = store.ways.set(ways); // a store is bound once
     let (health, health_service) = tonic_health::server::health_reporter();
@@ -105,7 +106,10 @@ pub async fn bind(store: Arc<Store>) -> anyhow::Result<Bound> {
             .add_service(health_service.clone())
             .add_service(reflection))
     };
-    let mut routers = vec![router(config.listen.tls_cert.is_some())?];
+    let mut routers = Vec::new();
+    if tcp.is_some() {
+        routers.push(router(config.listen.tls_cert.is_some())?);
+    }
     if unix.is_some() {
         routers.push(router(false)?);
     }
@@ -115,20 +119,21 @@ pub async fn bind(store: Arc<Store>) -> anyhow::Result<Bound> {
 /// The block port, with TLS where gRPC has it.
 async fn bind_block(
     config: &Config,
-    grpc: SocketAddr,
+    grpc: Option<SocketAddr>,
 ) -> anyhow::Result<Option<(TcpListener, Option<TlsAcceptor>)>> {
-    let at = match config.listen.block {
-        BlockListen::Off => return Ok(None),
-        BlockListen::At(address) => address,
-        BlockListen::Beside if config.listen.grpc.port() == 0 => SocketAddr::new(grpc.ip(), 0),
-        BlockListen::Beside => {
+    let any_port = config.listen.grpc.address().is_some_and(|a| a.port() == 0);
+    let at = match (config.listen.block, grpc) {
+        (BlockListen::Off, _) | (BlockListen::Beside, None) => return Ok(None),
+        (BlockListen::At(address), _) => address,
+        (BlockListen::Beside, Some(grpc)) if any_port => SocketAddr::new(grpc.ip(), 0),
+        (BlockListen::Beside, Some(grpc)) => {
             let port = grpc.port().checked_add(1).context("no port is above gRPC's: set listen.block")?;
             SocketAddr::new(grpc.ip(), port)
         }
     };
-    let listener = TcpListener::bind(at)
-        .await
-        .with_context(|| format!("cannot listen on {at} for the block protocol: --block-listen names another, or `off`"))?;
+    let listener = TcpListener::bind(at).await.with_context(|| {
+        format!("cannot listen on {at} for the block protocol: --block-listen names another, or `off`")
+    })?;
     let tls = match (&config.listen.tls_cert, &config.listen.tls_key) {
         (Some(cert), Some(key)) => Some(block_tls(cert, key)?),
         _ => None,
@@ -177,9 +182,13 @@ fn bind_unix(path: &std::path::Path) -> io::Result<UnixListener> {
 }
 
 impl Bound {
-    /// Where TCP clients find it.
-    pub fn address(&self) -> io::Result<SocketAddr> {
-        self.tcp.local_addr()
+    /// Where clients find it, for the line that scripts wait for: the address of TCP, or `unix:` and the path of the socket
+    /// where that is all there is.
+    pub fn ready(&self) -> io::Result<String> {
+        Ok(match &self.tcp {
+            Some(tcp) => tcp.local_addr()?.to_string(),
+            None => format!("unix:{}", self.store.config.listen.unix.display()),
+        })
     }
 
     /// Serves until `stop`; then refuses new work, lets calls in flight end, and returns.
@@ -196,7 +205,9 @@ impl Bound {
                 Ok(())
             });
         }
+        let mut socket_file = None;
         if let Some(unix) = self.unix.take() {
+            socket_file = Some(SocketFile::of(&store.config.listen.unix).context("the socket's file")?);
             let own = rustix::process::getuid().as_raw();
             let uids = store.config.auth.unix_uids.clone();
             let allowed = move |uid: u32| uid == own || uid == 0 || uids.contains(&uid);
@@ -209,9 +220,11 @@ impl Bound {
             let router = self.routers.pop().context("a router for the Unix socket")?;
             servers.spawn(router.serve_with_incoming_shutdown(incoming, stop.clone().cancelled_owned()));
         }
-        let router = self.routers.pop().context("a router for TCP")?;
-        let incoming = listener::tcp(self.tcp, instances);
-        servers.spawn(router.serve_with_incoming_shutdown(incoming, stop.clone().cancelled_owned()));
+        if let Some(tcp) = self.tcp.take() {
+            let router = self.routers.pop().context("a router for TCP")?;
+            let incoming = listener::tcp(tcp, instances);
+            servers.spawn(router.serve_with_incoming_shutdown(incoming, stop.clone().cancelled_owned()));
+        }
         let health = self.health;
         let ended = async {
             while let Some(result) = servers.join_next().await {
@@ -234,6 +247,9 @@ impl Bound {
         if tokio::time::timeout(DRAIN_MAX, drained).await.is_err() {
             tracing::warn!(seconds = DRAIN_MAX.as_secs(), "calls were still in flight at the end of the drain");
             servers.shutdown().await;
+        }
+        if let Some(file) = socket_file {
+            file.remove();
         }
         Ok(())
     }

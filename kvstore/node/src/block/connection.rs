@@ -35,7 +35,13 @@ struct Reading {
 }
 
 /// Serves a connection until it ends, breaks a rule, or the node stops.
-pub async fn serve(verbs: Verbs, connection: Arc<Connection>, read: ReadHalf, write: WriteHalf, stop: CancellationToken) {
+pub async fn serve(
+    verbs: Verbs,
+    connection: Arc<Connection>,
+    read: ReadHalf,
+    write: WriteHalf,
+    stop: CancellationToken,
+) {
     let peer = Peer::new(verbs, connection, write);
     let pulse = tokio::spawn(Arc::clone(&peer).pulse());
     let mut reading =
@@ -140,7 +146,8 @@ impl Reading {
                 self.peer.answer(call, answer).await;
             }
             Message::Cancel(cancel) => {
-                let request = RequestId::new(&cancel.request_id).map_err(|_| violation("a request id over 64 bytes"))?;
+                let request =
+                    RequestId::new(&cancel.request_id).map_err(|_| violation("a request id over 64 bytes"))?;
                 self.peer.cancel(cancel.call, &request);
             }
             Message::RegisterRegion(wish) => {
@@ -152,7 +159,9 @@ impl Reading {
                     let instance = hello.instance;
                     let register = move || store.register_region(instance, via, wish.offset, wish.length, descriptor);
                     let registered = tokio::task::spawn_blocking(register).await;
-                    registered.map_err(|_| Refusal::Cut("the registration was cut short"))?.map_err(Refusal::from)
+                    registered
+                        .map_err(|_| Refusal::Cut("the registration was cut short"))?
+                        .map_err(Refusal::from)
                         .map(Message::RegisterRegionReply)
                 })
                 .await;
@@ -237,7 +246,8 @@ impl Reading {
                 Err(e) => Err(e),
                 Ok(get) => {
                     let request = get.request().clone();
-                    let run = |_, ticket: Arc<Ticket>| async move { get.run(&ticket.stop).await.map(Message::GetIntoReply) };
+                    let run =
+                        |_, ticket: Arc<Ticket>| async move { get.run(&ticket.stop).await.map(Message::GetIntoReply) };
                     return self.called(number, request, run).await;
                 }
             },
@@ -245,7 +255,8 @@ impl Reading {
                 Err(e) => Err(e),
                 Ok(put) => {
                     let request = put.request().clone();
-                    let run = |_, ticket: Arc<Ticket>| async move { put.run(&ticket.stop).await.map(Message::PutFromReply) };
+                    let run =
+                        |_, ticket: Arc<Ticket>| async move { put.run(&ticket.stop).await.map(Message::PutFromReply) };
                     return self.called(number, request, run).await;
                 }
             },
@@ -307,7 +318,11 @@ impl Reading {
 
 fn map(verbs: &Verbs, call: Call, wish: v1::MapRequest, may_map: bool) -> Answer<v1::MapReply> {
     if !may_map {
-        return Err(Error::new(ErrorKind::Denied, "only processes on the Unix socket whose user may map are told places").into());
+        return Err(Error::new(
+            ErrorKind::Denied,
+            "only processes on the Unix socket whose user may map are told places",
+        )
+        .into());
     }
     let lease = convert::lease_from_proto(wish.lease_id)
         .ok_or_else(|| Error::new(ErrorKind::InvalidArgument, "mapped parts are held under a lease: name it"))?;

@@ -91,7 +91,8 @@ impl PutFrom {
                 _ => {}
             }
         }
-        let copying = Arc::new(Copying { verbs: verbs.clone(), call: call.clone(), parts, word, next: AtomicUsize::new(0) });
+        let copying =
+            Arc::new(Copying { verbs: verbs.clone(), call: call.clone(), parts, word, next: AtomicUsize::new(0) });
         let mut failed = Copying::all(&copying, stop).await;
         // In the order of the answers, so that results and slots can be read side by side.
         let mut commits: Vec<(usize, u64)> = copying.parts.iter().map(|(id, index, _)| (*index, id.0)).collect();

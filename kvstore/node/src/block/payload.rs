@@ -38,7 +38,9 @@ pub async fn get(peer: Arc<Peer>, ticket: Ticket, get: Get) {
         let sent = match fetched {
             // What arrived is the answer; the rest is named.
             Err(reason) => return rest(&peer, &ticket, item..total, reason).await,
-            Ok(Fetched::No(status, reason)) => peer.send(&reply(ticket.call, last, no(item, status, reason)), &[], None).await,
+            Ok(Fetched::No(status, reason)) => {
+                peer.send(&reply(ticket.call, last, no(item, status, reason)), &[], None).await
+            }
             Ok(Fetched::Bad(error)) => return peer.answer(ticket.call, Err(error.into())).await,
             Ok(Fetched::Hit { part, meta, range, tier }) => {
                 let (mut head, end) = (Some(hit(item, &meta, tier, range.start)), range.end);

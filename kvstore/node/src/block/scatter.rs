@@ -57,7 +57,9 @@ impl Scatter {
     /// The memory as the destination of one device read of `len` bytes: one run of whole pages in a mapped region.
     pub fn io_buf(&self, len: u64) -> Option<IoBuf> {
         match &self.runs[..] {
-            [(region, runs)] if runs.bytes >= len && runs.count == 1 => region.io_buf(runs.offset, usize::try_from(len).ok()?),
+            [(region, runs)] if runs.bytes >= len && runs.count == 1 => {
+                region.io_buf(runs.offset, usize::try_from(len).ok()?)
+            }
             _ => None,
         }
     }

@@ -87,4 +87,3 @@ fn spell(item: usize, fetched: Fetched, chunk_bytes: usize) -> VecDeque<Result<v
         }
     }
 }
-

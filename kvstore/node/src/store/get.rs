@@ -8,8 +8,8 @@ use std::sync::Arc;
 use kvkeep_core::directory::Located;
 use kvkeep_core::words::Happening;
 use kvkeep_core::{
-    BlockId, BlockMeta, Error, ErrorKind, Fidelity, Handle, Key, MissReason, NvmePlace, PartStatus, SUM_CHUNK_BYTES, Tier,
-    Version,
+    BlockId, BlockMeta, Error, ErrorKind, Fidelity, Handle, Key, MissReason, NvmePlace, PartStatus, SUM_CHUNK_BYTES,
+    Tier, Version,
 };
 use kvkeep_tiers::dram::{Pinned, Purpose};
 use kvkeep_tiers::io::IoBuf;
@@ -83,13 +83,7 @@ pub enum Obtained {
 
 impl Store {
     /// Reads one part. Doubt is a miss, counted and explained.
-    pub async fn fetch(
-        self: &Arc<Self>,
-        caller: Caller,
-        handle: Handle,
-        read: PartRead,
-        compare: Compare,
-    ) -> Fetched {
+    pub async fn fetch(self: &Arc<Self>, caller: Caller, handle: Handle, read: PartRead, compare: Compare) -> Fetched {
         match self.fetch_or_land(caller, handle, read, compare, |_| None).await {
             Obtained::Fetched(fetched) => fetched,
             Obtained::Landed(_) => unreachable!("nothing lands where no memory is given"),
@@ -255,7 +249,10 @@ impl Store {
     fn may_land(&self, read: &PartRead, found: &Located) -> bool {
         let whole = read.offset == 0 && (read.length == 0 || read.length == u64::from(found.len));
         let uses = self.config.nvme.promote_at_use;
-        whole && found.place.is_some() && padded(found.len) == found.len as usize && (uses == 0 || found.accesses < uses)
+        whole
+            && found.place.is_some()
+            && padded(found.len) == found.len as usize
+            && (uses == 0 || found.accesses < uses)
     }
 
     /// Reads a part from NVMe into a buffer of the caller's.

@@ -15,9 +15,7 @@ use std::os::fd::OwnedFd;
 
 use bytes::Bytes;
 use kvkeep_client::convert;
-use kvkeep_core::{
-    BlockId, Digest, Error, ErrorKind, InstanceId, LeaseId, MissReason, PartStatus, Result, SlotRef,
-};
+use kvkeep_core::{BlockId, Digest, Error, ErrorKind, InstanceId, LeaseId, MissReason, PartStatus, Result, SlotRef};
 use kvkeep_proto::v1;
 use kvkeep_tiers::dram::Pinned;
 use parking_lot::Mutex;
@@ -242,9 +240,12 @@ impl Store {
         let crc32 = if sums { pin.sums().map(|s| s.as_slice().to_vec()).unwrap_or_default() } else { Vec::new() };
         let length = pin.len() as u64;
         if !self.mapped.hold(caller.instance, lease, pin, self.config.limits.mapped_bytes_max.0) {
-            return Err(Error::new(ErrorKind::Throttled, "this instance holds too much for mapped reads: release leases")
-                .with("limits.mapped_bytes_max", self.config.limits.mapped_bytes_max)
-                .retry_after(NO_ROOM_RETRY));
+            return Err(Error::new(
+                ErrorKind::Throttled,
+                "this instance holds too much for mapped reads: release leases",
+            )
+            .with("limits.mapped_bytes_max", self.config.limits.mapped_bytes_max)
+            .retry_after(NO_ROOM_RETRY));
         }
         self.counters.mapped_parts.one();
         self.first_hit();

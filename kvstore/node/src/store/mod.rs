@@ -280,9 +280,10 @@ impl Store {
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
         let below = {
             let directory = self.directory.lock();
-            reads.iter().take(SLICE_KEYS).any(|r| {
-                directory.locate(&r.id.digest, r.id.group, r.id.shard).is_some_and(|l| l.slot.is_none())
-            })
+            reads
+                .iter()
+                .take(SLICE_KEYS)
+                .any(|r| directory.locate(&r.id.digest, r.id.group, r.id.shard).is_some_and(|l| l.slot.is_none()))
         };
         if below { self.parts_ahead(reads).clamp(cores, READS_AHEAD_MAX) } else { cores }
     }

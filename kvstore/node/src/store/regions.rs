@@ -93,7 +93,9 @@ impl Store {
                 registered.bytes -= region.len();
                 Some(region)
             });
-            removed.ok_or_else(|| Error::new(ErrorKind::Expired, "no such region of this instance").with("region_id", id))?
+            removed.ok_or_else(|| {
+                Error::new(ErrorKind::Expired, "no such region of this instance").with("region_id", id)
+            })?
         };
         let until = Instant::now() + UNREGISTER_WAIT;
         while Arc::strong_count(&region) > 1 {

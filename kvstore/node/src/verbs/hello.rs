@@ -11,7 +11,12 @@ use crate::connection::{Connection, Hello, Via};
 
 impl Verbs {
     /// Answers a hello. `bearer`: a token that came beside the message.
-    pub fn hello(&self, connection: &Connection, said: v1::HelloRequest, bearer: Option<String>) -> Answer<v1::HelloReply> {
+    pub fn hello(
+        &self,
+        connection: &Connection,
+        said: v1::HelloRequest,
+        bearer: Option<String>,
+    ) -> Answer<v1::HelloReply> {
         if said.major != PROTOCOL_MAJOR {
             return Err(Error::new(
                 ErrorKind::InvalidArgument,

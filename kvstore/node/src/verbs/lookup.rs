@@ -86,8 +86,7 @@ impl Verbs {
         let Batch { handle, current, digests } = self.batch(call, wish.handle, &wish.keys)?;
         let digests = if current { digests } else { Vec::new() };
         let request_id = call.context.request_id.clone();
-        let (lease, statuses) =
-            self.store.lease(call.caller, request_id, handle, &digests, ttl, &call.context.info)?;
+        let (lease, statuses) = self.store.lease(call.caller, request_id, handle, &digests, ttl, &call.context.info)?;
         let positions = statuses.iter().filter(|s| **s == kvkeep_core::PartStatus::Hit).count() as u32;
         Ok(v1::LeaseReply {
             lease: lease.map(|(id, left)| v1::GrantedLease {
@@ -118,11 +117,9 @@ impl Verbs {
     /// Asks for promotion.
     pub fn prefetch(&self, call: &Call, wish: v1::PrefetchRequest) -> Answer<v1::PrefetchReply> {
         if wish.to != 0 && convert::tier_from_proto(wish.to)? != Tier::Dram {
-            return Err(Error::new(
-                ErrorKind::InvalidArgument,
-                "a storage node prefetches into dram and nowhere else",
-            )
-            .into());
+            return Err(
+                Error::new(ErrorKind::InvalidArgument, "a storage node prefetches into dram and nowhere else").into()
+            );
         }
         let batch = self.batch(call, wish.handle, &wish.keys)?;
         let (started, already, refused) = self.store.prefetch(call.caller, batch.handle, &batch.digests);

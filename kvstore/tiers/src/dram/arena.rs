@@ -231,7 +231,8 @@ impl Arena {
     pub fn is_pinned(&self, slot: SlotRef) -> bool {
         let at = SlotAt::unpack(slot);
         let state = self.shared().state.lock();
-        let cell = state.file(at.file).and_then(|f| f.slot(at.unit)).map(|(extent, number)| &extent.cells[number as usize]);
+        let cell =
+            state.file(at.file).and_then(|f| f.slot(at.unit)).map(|(extent, number)| &extent.cells[number as usize]);
         matches!(cell, Some(Cell::Published(memory)) if memory.end().at == at && memory.end().pins.load(Ordering::Relaxed) > 0)
     }
 
@@ -307,8 +308,8 @@ impl Arena {
         };
         let (path, bytes) =
             found.ok_or_else(|| Error::new(ErrorKind::InvalidArgument, "the arena has no such file of this tenant"))?;
-        let file =
-            std::fs::File::open(&path).map_err(|e| grow::io_error("cannot open an arena file for a reader", &path, &e))?;
+        let file = std::fs::File::open(&path)
+            .map_err(|e| grow::io_error("cannot open an arena file for a reader", &path, &e))?;
         Ok((file, bytes))
     }
 

@@ -73,7 +73,11 @@ impl Mapping {
     }
 
     fn at(&self, offset: usize, len: usize) -> *mut u8 {
-        assert!(offset.checked_add(len).is_some_and(|end| end <= self.len), "{offset}+{len} lies outside of {}", self.len);
+        assert!(
+            offset.checked_add(len).is_some_and(|end| end <= self.len),
+            "{offset}+{len} lies outside of {}",
+            self.len
+        );
         // SAFETY: inside the mapping, as just asserted.
         unsafe { self.base.as_ptr().add(offset) }
     }

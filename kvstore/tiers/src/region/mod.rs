@@ -19,8 +19,8 @@ use kvkeep_core::call_word::CALL_WORD_BYTES;
 use kvkeep_core::{Error, ErrorKind, Result};
 use rustix::fs::{FileType, OFlags, SealFlags};
 
-pub use memory::Word;
 use memory::Mapping;
+pub use memory::Word;
 
 use crate::io::buf::{IO_ALIGN, IoBuf};
 
@@ -68,12 +68,16 @@ impl Region {
         let bad = |what: &'static str| Error::new(ErrorKind::InvalidArgument, what);
         let end = offset.checked_add(length).filter(|_| length > 0);
         let end = end.ok_or_else(|| bad("a region has at least one byte").with("length", length))?;
-        let stat = rustix::fs::fstat(&descriptor).map_err(|e| bad("the descriptor says nothing of itself").with("cause", e))?;
+        let stat = rustix::fs::fstat(&descriptor)
+            .map_err(|e| bad("the descriptor says nothing of itself").with("cause", e))?;
         let kind = FileType::from_raw_mode(stat.st_mode);
         if kind != FileType::RegularFile {
-            return Err(bad("a region is a memfd or a file; this descriptor is neither").with("kind", format!("{kind:?}")));
+            return Err(
+                bad("a region is a memfd or a file; this descriptor is neither").with("kind", format!("{kind:?}"))
+            );
         }
-        let flags = rustix::fs::fcntl_getfl(&descriptor).map_err(|e| bad("the descriptor's flags cannot be read").with("cause", e))?;
+        let flags = rustix::fs::fcntl_getfl(&descriptor)
+            .map_err(|e| bad("the descriptor's flags cannot be read").with("cause", e))?;
         if flags & OFlags::RWMODE != OFlags::RDWR || flags.intersects(OFlags::APPEND | OFlags::PATH) {
             return Err(bad("a region's descriptor is open for reading and writing, and not for appending"));
         }
@@ -93,13 +97,17 @@ impl Region {
         let mapping = if seals.contains(SealFlags::SHRINK) {
             // Pages that are not there would be allocated here, and charged to the server.
             if !huge && u64::try_from(stat.st_blocks).unwrap_or(0).saturating_mul(512) < length {
-                return Err(bad("the region's memory is not allocated: fallocate it, or write to it, before registering it"));
+                return Err(bad(
+                    "the region's memory is not allocated: fallocate it, or write to it, before registering it",
+                ));
             }
             if !offset.is_multiple_of(IO_ALIGN as u64) {
                 return Err(bad("a mapped region starts at a page of 4 KiB").with("offset", offset));
             }
             let map = Mapping::new(&file, offset, length).map_err(|e| {
-                Error::new(ErrorKind::Full, "the region's memory cannot be mapped").with("bytes", length).with("cause", e)
+                Error::new(ErrorKind::Full, "the region's memory cannot be mapped")
+                    .with("bytes", length)
+                    .with("cause", e)
             })?;
             Some(Arc::new(map))
         } else {
@@ -195,7 +203,8 @@ impl Region {
         self.inside(offset, CALL_WORD_BYTES)?;
         let mapping = self.mapping.as_ref().filter(|_| offset.is_multiple_of(CALL_WORD_BYTES as u64));
         mapping.map(|m| Word::new(m, offset as usize)).ok_or_else(|| {
-            Error::new(ErrorKind::InvalidArgument, "a call word is 4-byte aligned in a mapped region").with("offset", offset)
+            Error::new(ErrorKind::InvalidArgument, "a call word is 4-byte aligned in a mapped region")
+                .with("offset", offset)
         })
     }
 

@@ -109,5 +109,7 @@ fn only_whole_pages_of_a_mapped_region_take_a_devices_read() {
     let mut seen = [0; 1];
     region.read(4096 + 8191, &mut seen).unwrap();
     assert_eq!(seen, [9]);
-    assert!(region.io_buf(4096, 100).is_none() && region.io_buf(1, 4096).is_none() && region.io_buf(BYTES, 4096).is_none());
+    assert!(
+        region.io_buf(4096, 100).is_none() && region.io_buf(1, 4096).is_none() && region.io_buf(BYTES, 4096).is_none()
+    );
 }

@@ -210,8 +210,10 @@ impl<'a> Assembly<'a> {
             Admitted::Settled => {}
             Admitted::Unwanted => self.pass(data.len(), landing),
             Admitted::Wanted { item, at, total } => {
-                if self.check(&data, landing) {
+                if self.compare(&data) {
                     landing.land(item, at, total, data);
+                } else {
+                    landing.forget(item);
                 }
                 self.pass(0, landing);
             }
@@ -263,14 +265,13 @@ impl<'a> Assembly<'a> {
         Ok(if admitted? { Admitted::Wanted { item: index, at, total } } else { Admitted::Unwanted })
     }
 
-    /// Compares the data of the admitted reply with the sums that it completes; `false`: it is worthless, and so is its part.
-    pub(crate) fn check(&mut self, data: &[u8], landing: &mut impl Landing) -> bool {
-        let index = self.done.len();
+    /// Compares the data of the admitted reply with the sums that it completes; `false`: it is worthless, and so is its part,
+    /// which is to be forgotten.
+    pub(crate) fn compare(&mut self, data: &[u8]) -> bool {
         let Some(open) = &mut self.open else { return false };
         let right = open.sums.feed(open.at, data);
         if !right {
             open.spoilt = Some(MissReason::Quarantined);
-            landing.forget(index);
         }
         open.at += data.len() as u64;
         right

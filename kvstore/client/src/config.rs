@@ -6,14 +6,37 @@ use std::time::Duration;
 
 use kvkeep_core::InstanceId;
 
+use crate::block::pool::Wire;
 use crate::budget::RetryBudget;
 use crate::endpoint::Target;
 use crate::error::{Error, Result};
 
 /// Where a server listens when nothing else is said.
 pub const DEFAULT_ENDPOINT: &str = "http://127.0.0.1:7070";
+/// How long a block connection may be silent while it owes an answer.
+pub const PATIENCE: Duration = Duration::from_millis(100);
 /// Most connections of one client.
 pub const CONNECTIONS_MAX: usize = 64;
+
+/// Which way the hot verbs shall go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WayWish {
+    /// The fastest there is: the Unix socket of a server on this host, its block port, gRPC.
+    #[default]
+    Fastest,
+    /// This one, or not at all.
+    Only(Wire),
+}
+
+/// What becomes of a hot verb when the server is lost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Lost {
+    /// It is answered with misses, counted as such: an engine goes on as if it had no store.
+    #[default]
+    Misses,
+    /// It fails: for tools that want to know.
+    Errors,
+}
 
 /// Everything a client needs to know. `ClientConfig::default()` talks to a server with defaults on this machine.
 #[derive(Clone)]
@@ -40,6 +63,15 @@ pub struct ClientConfig {
     pub connect_timeout: Duration,
     /// Bounds on trying again.
     pub retry: RetryBudget,
+    /// Which way the hot verbs shall go.
+    pub way: WayWish,
+    /// What becomes of them when the server is lost.
+    pub lost: Lost,
+    /// A block connection on which nothing at all came for so long has lost its server (which promises a sign of life every
+    /// 50 ms while it owes an answer).
+    pub patience: Duration,
+    /// Block connections at a time, 1 to [`CONNECTIONS_MAX`]; each call has one for itself, more calls wait.
+    pub block_connections: usize,
 }
 
 impl Default for ClientConfig {
@@ -55,6 +87,10 @@ impl Default for ClientConfig {
             deadline: Duration::from_secs(10),
             connect_timeout: Duration::from_secs(2),
             retry: RetryBudget::default(),
+            way: WayWish::default(),
+            lost: Lost::default(),
+            patience: PATIENCE,
+            block_connections: 16,
         }
     }
 }
@@ -82,9 +118,18 @@ impl ClientConfig {
         Target::parse(&self.endpoint)
     }
 
+    /// How long a registration may be silent: the server enters every page into its page table, and says so by heartbeats.
+    pub(crate) fn registration_patience(&self) -> Duration {
+        self.patience.max(Duration::from_millis(500))
+    }
+
     pub(crate) fn validate(&self) -> Result<()> {
         if self.connections == 0 || self.connections > CONNECTIONS_MAX {
             return Err(Error::config("a client has 1 to 64 connections").with("connections", self.connections));
+        }
+        if self.block_connections == 0 || self.block_connections > CONNECTIONS_MAX || self.patience.is_zero() {
+            return Err(Error::config("a client has 1 to 64 block connections, and some patience")
+                .with("block_connections", self.block_connections));
         }
         if self.deadline.is_zero() || self.connect_timeout.is_zero() {
             return Err(Error::config("deadline and connect_timeout are more than 0"));

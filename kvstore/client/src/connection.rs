@@ -78,6 +78,21 @@ pub struct Hello {
     pub node: String,
     /// Bounds of the server.
     pub limits: Limits,
+    /// Where else it is reached.
+    pub ways: Ways,
+}
+
+/// Where else a server is reached, and what this connection may do.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ways {
+    /// TCP port of the block protocol; 0: none.
+    pub block_port: u16,
+    /// Path of its Unix socket, on its own host; empty: none.
+    pub unix_socket: String,
+    /// Whether this connection may map the arena.
+    pub may_map: bool,
+    /// Whether regions may be registered on this connection.
+    pub may_register: bool,
 }
 
 /// Bounds of a server. A request over one fails with `too_large`; the client splits gets, puts and matches by them.
@@ -105,11 +120,17 @@ pub struct Limits {
     pub deadline_max: Duration,
     /// A reservation not committed by then is abandoned.
     pub reservation: Duration,
+    /// Runs of memory that one call may name.
+    pub runs_max: u32,
+    /// Memory that one instance may register, bytes.
+    pub region_bytes_max: u64,
+    /// Slots held for the mapped reads of one instance, bytes.
+    pub mapped_bytes_max: u64,
 }
 
 impl Hello {
     /// Reads an answer; limits that were left out get small values that any server keeps.
-    fn from_proto(reply: v1::HelloReply) -> Result<Self> {
+    pub(crate) fn from_proto(reply: v1::HelloReply) -> Result<Self> {
         if reply.major != PROTOCOL_MAJOR {
             return Err(Error::new(ErrorKind::Version, "the server speaks another major version of the wire")
                 .with("ours", PROTOCOL_MAJOR)
@@ -142,8 +163,50 @@ impl Hello {
                 lease_life_max: ms(l.lease_life_ms_max, 1000),
                 deadline_max: ms(l.deadline_ms_max, 60_000),
                 reservation: ms(l.reservation_ms, 1000),
+                runs_max: or(l.runs_max, 1024),
+                region_bytes_max: l.region_bytes_max,
+                mapped_bytes_max: l.mapped_bytes_max,
+            },
+            ways: Ways {
+                block_port: u16::try_from(reply.block_port).unwrap_or(0),
+                unix_socket: reply.unix_socket,
+                may_map: reply.may_map,
+                may_register: reply.may_register,
             },
         })
+    }
+
+    /// Of a server that has not been heard of: limits that any server keeps.
+    pub(crate) fn unknown() -> Self {
+        Self::from_proto(v1::HelloReply { major: PROTOCOL_MAJOR, ..Default::default() })
+            .expect("an empty answer of our own version is understood")
+    }
+}
+
+/// What this client says first.
+pub(crate) fn hello_request(config: &ClientConfig) -> v1::HelloRequest {
+    v1::HelloRequest {
+        major: PROTOCOL_MAJOR,
+        minor: PROTOCOL_MINOR,
+        instance_id: bytes::Bytes::copy_from_slice(&config.instance.0),
+        token: config.token.clone().unwrap_or_default(),
+        features: Vec::new(),
+        client: config.name.clone(),
+    }
+}
+
+/// The PEM of the certificate authorities that https is checked against.
+pub(crate) fn authorities(config: &ClientConfig) -> Result<String> {
+    match (&config.ca_pem, &config.ca_file) {
+        (Some(pem), _) => Ok(pem.clone()),
+        (None, Some(path)) => std::fs::read_to_string(path).map_err(|e| {
+            Error::config("the file of certificate authorities cannot be read")
+                .with("file", path.display())
+                .caused_by(e)
+        }),
+        (None, None) => {
+            Err(Error::config("https needs the server's certificate authority: set KVKEEP_CA to its PEM file"))
+        }
     }
 }
 
@@ -167,19 +230,7 @@ impl Connection {
         };
         let mut endpoint = Endpoint::from_shared(uri.to_owned()).map_err(bad)?;
         if uri.starts_with("https://") {
-            let pem = match (&config.ca_pem, &config.ca_file) {
-                (Some(pem), _) => pem.clone(),
-                (None, Some(path)) => std::fs::read_to_string(path).map_err(|e| {
-                    Error::config("the file of certificate authorities cannot be read")
-                        .with("file", path.display())
-                        .caused_by(e)
-                })?,
-                (None, None) => {
-                    return Err(Error::config(
-                        "https needs the server's certificate authority: set KVKEEP_CA to its PEM file",
-                    ));
-                }
-            };
+            let pem = authorities(config)?;
             endpoint = endpoint
                 .tls_config(ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem)))
                 .map_err(|e| Error::config("the certificate authority is not usable PEM").caused_by(e))?;
@@ -251,14 +302,7 @@ impl Connection {
             if held != 0 {
                 return Ok((held, None)); // another call said it while this one waited
             }
-            let mut request = tonic::Request::new(v1::HelloRequest {
-                major: PROTOCOL_MAJOR,
-                minor: PROTOCOL_MINOR,
-                instance_id: bytes::Bytes::copy_from_slice(&config.instance.0),
-                token: config.token.clone().unwrap_or_default(),
-                features: Vec::new(),
-                client: config.name.clone(),
-            });
+            let mut request = tonic::Request::new(hello_request(config));
             request.set_timeout(within);
             let reply = blocks(self.wire()).hello(request).await.map_err(|s| Error::from_status("hello", s))?;
             let hello = Arc::new(Hello::from_proto(reply.into_inner())?);
@@ -271,6 +315,11 @@ impl Connection {
             .await
             .unwrap_or_else(|_| Err(Error::late("hello")))
             .map_err(Error::not_run)
+    }
+
+    /// The next call says hello again, whatever holds now: the server may be another one.
+    pub(crate) fn doubt(&self) {
+        self.greeted.store(0, Ordering::Release);
     }
 
     /// The server says that hello number `held` does not hold (it restarted, or the connection was made anew).

@@ -97,6 +97,31 @@ impl Error {
         self
     }
 
+    /// The server may have done what was asked.
+    #[must_use]
+    pub(crate) fn may_be_done(mut self) -> Self {
+        self.may_have_run = true;
+        self
+    }
+
+    /// Trying again at once cannot help.
+    #[must_use]
+    pub(crate) fn final_word(mut self) -> Self {
+        self.retryable = false;
+        self
+    }
+
+    /// Whether nothing came for too long, as opposed to a connection that broke.
+    pub(crate) fn is_silence(&self) -> bool {
+        let source = self.source.as_deref().and_then(|e| e.downcast_ref::<std::io::Error>());
+        source.is_some_and(|e| e.kind() == std::io::ErrorKind::TimedOut)
+    }
+
+    /// Whether the server was lost, or never there: an engine goes on as if it had no store.
+    pub fn is_loss(&self) -> bool {
+        matches!(self.kind, ErrorKind::Unreachable | ErrorKind::Late | ErrorKind::HelloRequired | ErrorKind::Protocol)
+    }
+
     /// The server certainly did not do what was asked.
     #[must_use]
     pub(crate) fn not_run(mut self) -> Self {

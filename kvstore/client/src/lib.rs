@@ -38,9 +38,12 @@ mod endpoint;
 pub mod error;
 pub mod events;
 pub mod get;
+mod hot;
 pub mod matching;
 pub mod namespace;
 pub mod put;
+pub mod region;
+mod region_calls;
 
 /// The Rust of `docs/embedding.md`, compiled with the tests.
 #[cfg(doctest)]
@@ -48,10 +51,13 @@ pub mod put;
 struct EmbeddingPage;
 
 pub use admin::Admin;
+pub use block::breaker::BreakerState;
+pub use block::faults::Fault;
+pub use block::pool::{Way, Wire};
 pub use budget::RetryBudget;
 pub use call::Call;
 pub use client::{Client, Counters};
-pub use config::ClientConfig;
+pub use config::{ClientConfig, Lost, WayWish};
 pub use connection::{Hello, Limits};
 pub use convert::Retention;
 pub use embedded::LocalEndpoint;
@@ -62,3 +68,5 @@ pub use kvkeep_proto::v1 as wire;
 pub use matching::{Match, MatchQuery, Verdict};
 pub use namespace::{Lease, Namespace};
 pub use put::{PartOutcome, Put, PutPart, PutPosition};
+pub use region::mapped::{MappedBlock, MappedMatch, MappedPart};
+pub use region::{Place, Region};

@@ -17,6 +17,7 @@ mod leases;
 mod namespaces;
 mod powercut;
 mod put_get;
+mod regions;
 mod restart;
 mod room;
 mod tenants;

@@ -15,14 +15,15 @@
 //! ```
 //!
 //! The map: [`client`] is the way that every call takes (hello, deadline, retries within [`budget`]); [`connection`] is one
-//! HTTP/2 connection and its hello, `endpoint` where it leads, [`embedded`] a private server that is started on demand; [`namespace`] has the verbs on blocks, of which [`matching`], [`get`] (with
-//! `assembly`, the checks on what arrives) and [`put`] are long enough for files of their own; [`events`] and [`admin`] are
-//! for routers and operators; [`convert`] translates between core and proto, and the server uses it too.
+//! HTTP/2 connection and its hello, `endpoint` where it leads, [`embedded`] a private server that is started on demand;
+//! [`namespace`] has the verbs on blocks, of which [`matching`], [`get`] (with `assembly`, the checks on what arrives) and
+//! [`put`] are long enough for files of their own; [`events`] and [`admin`] are for routers and operators; [`convert`]
+//! translates between core and proto, and the server uses it too.
 //!
 //! What it promises: a part given back as a hit is whole, of one version, and its checksums matched; every call ends by its
-//! deadline; no call is repeated that could do harm; no task runs in the background but those of HTTP/2 (and, where
-//! a private server was started, a thread that waits for its end). A future may be
-//! dropped at any moment: what it had reserved frees itself on the server.
+//! deadline; no call is repeated that could do harm; no task runs in the background but those of HTTP/2 (and, where a private
+//! server was started, a thread that waits for its end). A future may be dropped at any moment: what it had reserved frees
+//! itself on the server.
 
 pub mod admin;
 mod assembly;

@@ -152,7 +152,8 @@ pub fn fits(socket: &Path) -> Result<()> {
     .with("bytes", bytes))
 }
 
-/// The file of a bound socket. It is removed at a clean stop, unless another server has put its own there meanwhile.
+/// The file of a bound socket. It is removed with this value, unless another server has put its own there meanwhile; one that
+/// stays behind is replaced by the next start.
 pub struct SocketFile {
     path: PathBuf,
     /// Device and inode.
@@ -164,9 +165,10 @@ impl SocketFile {
     pub fn of(path: &Path) -> io::Result<Self> {
         Ok(Self { path: path.to_path_buf(), identity: identity(path)? })
     }
+}
 
-    /// Removes it if it is still the one that was bound. What cannot be removed is replaced by the next start.
-    pub fn remove(&self) {
+impl Drop for SocketFile {
+    fn drop(&mut self) {
         if identity(&self.path).is_ok_and(|now| now == self.identity)
             && let Err(error) = std::fs::remove_file(&self.path)
         {
@@ -216,9 +218,9 @@ mod tests {
         let other = folder.path().join("other");
         std::fs::write(&other, "another server's").unwrap();
         std::fs::rename(&other, &path).unwrap();
-        ours.remove();
+        drop(ours);
         assert!(path.exists());
-        SocketFile::of(&path).unwrap().remove();
+        drop(SocketFile::of(&path).unwrap());
         assert!(!path.exists());
     }
 

@@ -205,9 +205,10 @@ impl Bound {
                 Ok(())
             });
         }
-        let mut socket_file = None;
+        // However serving ends, the socket's file goes with it.
+        let file = |_: &UnixListener| SocketFile::of(&store.config.listen.unix).context("the socket's file");
+        let _socket_file = self.unix.as_ref().map(file).transpose()?;
         if let Some(unix) = self.unix.take() {
-            socket_file = Some(SocketFile::of(&store.config.listen.unix).context("the socket's file")?);
             let own = rustix::process::getuid().as_raw();
             let uids = store.config.auth.unix_uids.clone();
             let allowed = move |uid: u32| uid == own || uid == 0 || uids.contains(&uid);
@@ -247,9 +248,6 @@ impl Bound {
         if tokio::time::timeout(DRAIN_MAX, drained).await.is_err() {
             tracing::warn!(seconds = DRAIN_MAX.as_secs(), "calls were still in flight at the end of the drain");
             servers.shutdown().await;
-        }
-        if let Some(file) = socket_file {
-            file.remove();
         }
         Ok(())
     }

@@ -277,6 +277,26 @@ async fn a_client_that_comes_as_the_server_ends_is_served() {
     println!("the server was started {} times", private.log().matches("kvkeepd ready").count());
 }
 
+/// A server that has just decided to end takes two connections (the look, and the one for the hello), answers neither and is
+/// gone, its lock with it; played here, because the moment is too short to be hit. The client must be served by another.
+#[tokio::test]
+async fn a_server_that_is_gone_before_the_hello_is_replaced() {
+    let private = Private::new();
+    fs::create_dir(private.data_dir()).unwrap();
+    let lock = File::create(private.data_dir().join("lock")).unwrap();
+    lock.lock().unwrap();
+    let listener = UnixListener::bind(private.data_dir().join("kvkeepd.sock")).unwrap();
+    let ending = std::thread::spawn(move || {
+        let taken = [listener.accept().unwrap(), listener.accept().unwrap()];
+        drop((listener, lock));
+        drop(taken);
+    });
+    let client = private.client(SMALL).await;
+    ending.join().unwrap();
+    client.stats(&Call::default()).await.unwrap();
+    assert_eq!(private.servers().len(), 1);
+}
+
 /// The server is killed under a client: the client's next call is answered, by a server of another epoch.
 #[tokio::test]
 async fn a_client_starts_its_server_again() {

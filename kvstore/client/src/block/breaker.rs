@@ -1,7 +1,7 @@
 //! The circuit breaker: a server that gave no sign of life is not asked again for a moment, so that nobody waits for it.
 //!
 //! ```text
-//! Closed ── a call was lost ──> Open (25 ms, doubling to 500 ms) ── its time is over ──> one call tries, the others do not
+//! Closed ── a call was lost ──> Open (5 ms, doubling to 500 ms) ── its time is over ──> one call tries, the others do not
 //!    ^                           ^                                                              │
 //!    └───────────── it was answered ────────────────────────────────────────────────────────────┤
 //!                                └────────────── lost again ────────────────────────────────────┘
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 /// First pause after a loss.
-const PAUSE_FIRST: Duration = Duration::from_millis(25);
+const PAUSE_FIRST: Duration = Duration::from_millis(5);
 /// Longest pause: a server that is back is found within it.
 const PAUSE_MAX: Duration = Duration::from_millis(500);
 
@@ -109,11 +109,11 @@ mod tests {
         assert!(breaker.may(start));
         breaker.lost(start);
         assert_eq!(breaker.state(), BreakerState::Open);
-        assert!(!breaker.may(at(24)));
-        assert!(breaker.may(at(25)) && !breaker.may(at(26)));
-        breaker.lost(at(30));
-        assert!(!breaker.may(at(79)) && breaker.may(at(80)));
-        let mut now = 80;
+        assert!(!breaker.may(at(4)));
+        assert!(breaker.may(at(5)) && !breaker.may(at(6)));
+        breaker.lost(at(7));
+        assert!(!breaker.may(at(16)) && breaker.may(at(17)));
+        let mut now = 17;
         for _ in 0..20 {
             breaker.lost(at(now));
             let next = (now..=now + 500).find(|ms| breaker.may(at(*ms)));

@@ -1,7 +1,7 @@
 //! What tests of the real binary need. The tests themselves lie in `tests/`.
 //!
 //! The map: [`node`] starts, kills, stops and restarts a `kvkeepd`; [`formats`] and [`payload`] make namespaces and bytes
-//! that can be checked without being remembered; [`raw`] speaks the wire by hand, for what the SDK refuses to say;
+//! that can be checked without being remembered; [`raw`] and [`raw_block`] speak the wires by hand, for what the SDK refuses to say;
 //! [`ledger`] remembers what was acknowledged; [`workload`] is a seeded client that puts, reads and removes and checks
 //! every byte; [`leaks`] is what must be true of a node that nobody uses any more; [`powercut`] plays the loss of power.
 //!
@@ -14,6 +14,7 @@ pub mod node;
 pub mod payload;
 pub mod powercut;
 pub mod raw;
+pub mod raw_block;
 pub mod workload;
 
 pub use node::{Node, Options};

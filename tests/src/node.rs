@@ -10,7 +10,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use kvkeep_client::{Client, ClientConfig};
+use kvkeep_client::{Client, ClientConfig, WayWish, Wire};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use tempfile::TempDir;
 
@@ -20,6 +20,8 @@ const READY_MAX: Duration = Duration::from_secs(60);
 const STOP_MAX: Duration = Duration::from_secs(60);
 /// How long clients of tests wait for a sign of life, unless the test is about that.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Has every client of the tests go one way: `grpc`, `socket` or `port`.
+pub const WAY_VARIABLE: &str = "KVKEEP_TEST_WAY";
 /// Lines of a server's log shown with a failure.
 const LOG_LINES: usize = 40;
 
@@ -72,6 +74,20 @@ pub struct Node {
     child: Option<Child>,
     address: Option<SocketAddr>,
     lives: u32,
+}
+
+/// The way that clients of tests go: [`WAY_VARIABLE`], or the fastest.
+///
+/// # Panics
+/// If the variable names no way.
+pub fn way() -> WayWish {
+    match std::env::var(WAY_VARIABLE).as_deref() {
+        Err(_) => WayWish::Fastest,
+        Ok("grpc") => WayWish::Only(Wire::Grpc),
+        Ok("socket") => WayWish::Only(Wire::Socket),
+        Ok("port") => WayWish::Only(Wire::Port),
+        Ok(other) => panic!("{WAY_VARIABLE} is grpc, socket or port, not {other:?}"),
+    }
 }
 
 /// The built binary `name`.
@@ -177,6 +193,16 @@ impl Node {
         self.address.expect("the server runs").to_string()
     }
 
+    /// TCP port of the block protocol.
+    ///
+    /// # Panics
+    /// If the server does not say.
+    pub async fn block_port(&self) -> u16 {
+        let port = self.client().await.hello().ways.block_port;
+        assert_ne!(port, 0, "the server has no block port");
+        port
+    }
+
     /// A client with defaults.
     ///
     /// # Panics
@@ -194,6 +220,7 @@ impl Node {
         // A test wants to hear of a server that was lost, and a busy machine is no lost server.
         config.lost = kvkeep_client::Lost::Errors;
         config.patience = PATIENCE;
+        config.way = way();
         change(&mut config);
         Client::connect(config).await.unwrap_or_else(|e| panic!("cannot connect: {e}\n{}", self.log()))
     }
@@ -304,6 +331,22 @@ impl Node {
 
     fn signal(&self, signal: Signal) {
         kill_process(self.pid(), signal).expect("the server can be signalled");
+    }
+
+    /// Whether it has ended by itself, within some seconds.
+    ///
+    /// # Panics
+    /// If it was not started.
+    pub fn has_ended(&mut self) -> bool {
+        let child = self.child.as_mut().expect("the server was started");
+        let since = Instant::now();
+        while since.elapsed() < Duration::from_secs(5) {
+            if child.try_wait().expect("a child can be waited for").is_some() {
+                return true;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        false
     }
 
     /// SIGKILL, and waits until it is gone.

@@ -76,6 +76,12 @@ impl Error {
             .with("verb", verb)
     }
 
+    /// Nothing came for as long as a lost server is waited for, and nothing was asked of it.
+    pub(crate) fn silence() -> Self {
+        Self::new(ErrorKind::Unreachable, "the server gave no sign of life")
+            .caused_by(std::io::Error::from(std::io::ErrorKind::TimedOut))
+    }
+
     pub(crate) fn protocol(message: &'static str) -> Self {
         Self { may_have_run: true, ..Self::new(ErrorKind::Protocol, message) }
     }

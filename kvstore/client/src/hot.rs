@@ -216,7 +216,9 @@ impl Shared {
                     if let Target::Local(local) = &self.target {
                         crate::embedded::ensure(local).await?;
                     }
-                    let (_, said) = connection.greet(&self.config, self.config.patience).await?;
+                    let said = connection.greet(&self.config, self.config.patience).await;
+                    // Late here is no call's deadline: nobody answered for as long as a lost server is waited for.
+                    let (_, said) = said.map_err(|e| if e.kind() == ErrorKind::Late { Error::silence() } else { e })?;
                     self.heard(said);
                     self.find_way().await
                 };
@@ -308,7 +310,8 @@ impl Shared {
             Line::Grpc => {
                 let reply = self.once(verb, tries, call, make, send).await;
                 match &reply {
-                    Err(e) if e.kind() == ErrorKind::Unreachable => self.lost(e),
+                    // Nobody there. Any other failure came from somebody: a server, or what stands before it.
+                    Err(e) if e.kind() == ErrorKind::Unreachable && !e.may_have_run() => self.lost(e),
                     _ => self.answered(),
                 }
                 reply

@@ -13,6 +13,7 @@ pub mod config;
 pub mod connection;
 pub mod counters;
 mod detach;
+pub mod failpoint;
 pub mod idle;
 pub mod listener;
 pub mod machine;

@@ -1,19 +1,23 @@
 //! The promises of one node, asked of the real binary.
 //!
-//! `put_get` and `namespaces` are what an engine does; `bad_input` what it must not do; `ways_in`, `leases`, `tenants`,
+//! `put_get`, `regions` and `namespaces` are what an engine does; `bad_input` and `block_wire` what it must not do; `lost`
+//! what it sees of a server that is gone; `ways_in`, `leases`, `tenants`,
 //! `events` and `room` what surrounds blocks; `embedded` a server that a client starts for itself; `clients_die`, `restart`,
-//! `damage`, `eio`, `kill_loop` and `powercut` what can go wrong.
+//! `damage`, `eio`, `failpoints`, `kill_loop` and `powercut` what can go wrong.
 
 #![expect(clippy::unwrap_used, reason = "everything here is a test: an unwrap is an assertion")]
 
 mod bad_input;
+mod block_wire;
 mod clients_die;
 mod damage;
 mod eio;
 mod embedded;
 mod events;
+mod failpoints;
 mod kill_loop;
 mod leases;
+mod lost;
 mod namespaces;
 mod powercut;
 mod put_get;

@@ -62,7 +62,14 @@ async fn a_block_lies_in_runs() {
     let (run, layers) = (8192, 64);
     let area = |region: &Region, block: usize| {
         // SAFETY: as in `region`.
-        unsafe { region.strided(block * run, run, 2 * run, layers).and(region.strided(BYTES + block * run, run, 2 * run, layers)) }
+        unsafe {
+            region.strided(block * run, run, 2 * run, layers).and(region.strided(
+                BYTES + block * run,
+                run,
+                2 * run,
+                layers,
+            ))
+        }
     };
     let keys = payload::chain(1, 2);
     let (from, into) = (Region::new(2 * BYTES).unwrap(), Region::new(2 * BYTES).unwrap());

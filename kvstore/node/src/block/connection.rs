@@ -20,6 +20,7 @@ use super::payload::Writes;
 use super::peer::{Peer, Ticket, spell};
 use super::{FRAME_PATIENCE, HELLO_BYTES_MAX, HELLO_WAIT, HELLOS_MAX, from, into, payload};
 use crate::connection::{Connection, Hello, Via};
+use crate::failpoint;
 use crate::verbs::{Answer, Call, Refusal, Verbs};
 
 /// A match of more keys than this does not run between two frames.
@@ -308,6 +309,7 @@ impl Reading {
         };
         match opened {
             Ok((file, length)) => {
+                failpoint::at("open_file.sent");
                 let reply = Message::OpenFileReply(v1::OpenFileReply { file: wish.file, length });
                 let _ = self.peer.send(&spell(number, Ok(reply)), &[], Some(file.as_fd())).await; // as in `answer`
             }

@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::peer::Peer;
 use super::scatter::{Copied, Scatter, word};
 use crate::connection::Hello;
+use crate::failpoint;
 use crate::store::reservations::ReservationId;
 use crate::verbs::{Answer, Call, Verbs};
 
@@ -78,6 +79,7 @@ impl PutFrom {
     pub async fn run(self, stop: &CancellationToken) -> Answer<v1::PutFromReply> {
         let Self { verbs, call, wish, from, mut sums, word } = self;
         let reserve = verbs.reserve(&call, wish).await?;
+        failpoint::at("put_from.reserved");
         let mut parts = Vec::new();
         let mut upgrades = Vec::new();
         let mut from = from.into_iter();
@@ -94,6 +96,7 @@ impl PutFrom {
         let copying =
             Arc::new(Copying { verbs: verbs.clone(), call: call.clone(), parts, word, next: AtomicUsize::new(0) });
         let mut failed = Copying::all(&copying, stop).await;
+        failpoint::at("put_from.copied");
         // In the order of the answers, so that results and slots can be read side by side.
         let mut commits: Vec<(usize, u64)> = copying.parts.iter().map(|(id, index, _)| (*index, id.0)).collect();
         commits.extend(upgrades.into_iter().map(|(id, index)| (index, id)));
@@ -118,6 +121,7 @@ impl PutFrom {
                 }),
             })
             .collect();
+        failpoint::at("put_from.committed");
         Ok(v1::PutFromReply { reserve: Some(reserve), commit: Some(v1::CommitReply { results }) })
     }
 }

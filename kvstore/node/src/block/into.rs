@@ -17,6 +17,7 @@ use super::peer::Peer;
 use super::scatter::{Copied, Scatter, word};
 use crate::config::VerifyDram;
 use crate::connection::Hello;
+use crate::failpoint;
 use crate::store::Store;
 use crate::store::get::{Compare, Fetched, Obtained, PartRead};
 use crate::verbs::get::{Get, hit, no};
@@ -140,6 +141,7 @@ impl Job {
             self.store.counters.missed(MissReason::Revision);
             return Ok(no(item, PartStatus::Miss, MissReason::Revision));
         }
+        failpoint::at("get_into.begun");
         let (caller, handle) = (self.get.call.caller, self.get.handle);
         // The device may fill the region itself; the word is held from before it is asked until it has answered.
         let mut guard = None;
@@ -176,6 +178,7 @@ impl Job {
                     let copy = move || job.into[item].write(&part[range], job.word.as_ref());
                     tokio::task::spawn_blocking(copy).await.map_err(|_| Refusal::Cut("the copy was cut short"))?
                 };
+                failpoint::at("get_into.copied");
                 match copied {
                     Ok(Copied::Yes) => Ok(self.spell(item, &meta, tier, start)),
                     Ok(Copied::Revoked) => Ok(self.revoked(item)),

@@ -16,6 +16,7 @@ use kvkeep_proto::v1::envelope::Message;
 use super::connection::ByCall;
 use super::peer::{Peer, Ticket};
 use crate::connection::Hello;
+use crate::failpoint;
 use crate::store::get::Fetched;
 use crate::store::reservations::ReservationId;
 use crate::store::write::Writer;
@@ -43,6 +44,7 @@ pub async fn get(peer: Arc<Peer>, ticket: Ticket, get: Get) {
             }
             Ok(Fetched::Bad(error)) => return peer.answer(ticket.call, Err(error.into())).await,
             Ok(Fetched::Hit { part, meta, range, tier }) => {
+                failpoint::at("get.fetched");
                 let (mut head, end) = (Some(hit(item, &meta, tier, range.start)), range.end);
                 let mut sent = Ok(());
                 for chunk in chunks(range, chunk_bytes) {
@@ -54,6 +56,7 @@ pub async fn get(peer: Arc<Peer>, ticket: Ticket, get: Get) {
                     (message.offset, message.last) = (chunk.start as u64, chunk.end == end);
                     let frame = reply(ticket.call, last && chunk.end == end, message);
                     sent = peer.send(&frame, &part[chunk], None).await;
+                    failpoint::at("get.chunk_sent");
                     if sent.is_err() {
                         break;
                     }
@@ -126,6 +129,7 @@ impl Writes {
             let id = ReservationId(write.reservation_id);
             match writer.room(id, write.offset, payload) {
                 Ok(Some(room)) => {
+                    failpoint::at("write.landing");
                     frames.payload(room).await?;
                     writer.landed(id, payload);
                 }
@@ -143,6 +147,7 @@ impl Writes {
         if !end {
             return Ok(None);
         }
+        failpoint::at("write.ended");
         let writer = self.0.remove(&call).map(|(_, writer)| writer);
         Ok(writer.map(|w| Ok(Message::WriteReply(w.finish()))))
     }

@@ -8,6 +8,7 @@ use kvkeep_proto::v1;
 use kvkeep_tiers::io::IoBuf;
 use kvkeep_tiers::region::{Region, Runs, Word};
 
+use crate::failpoint;
 use crate::store::Store;
 
 /// The runs of one part, checked.
@@ -100,6 +101,7 @@ impl Scatter {
         if !begin_copy(word) {
             return Ok(Copied::Revoked);
         }
+        failpoint::at("copy.guarded");
         let copied = copy(self);
         let counts = end_copy(word);
         copied.map(|()| if counts { Copied::Yes } else { Copied::Revoked })

@@ -24,6 +24,7 @@ use rustix::event::{PollFd, PollFlags};
 use super::get::PartRead;
 use super::put::{Caller, NO_ROOM_RETRY};
 use super::{SLICE_KEYS, Store};
+use crate::failpoint;
 
 /// Processes of one instance that may hold the arena's files.
 const READERS_MAX: usize = 256;
@@ -247,6 +248,7 @@ impl Store {
             .with("limits.mapped_bytes_max", self.config.limits.mapped_bytes_max)
             .retry_after(NO_ROOM_RETRY));
         }
+        failpoint::at("map.told");
         self.counters.mapped_parts.one();
         self.first_hit();
         Ok(v1::MappedPart {

@@ -20,6 +20,7 @@ use kvkeep_tiers::nvme::BlockCopy;
 use super::Store;
 use super::behind::Wanted;
 use super::reservations::{Reservation, ReservationId};
+use crate::failpoint;
 
 /// Who calls.
 #[derive(Clone, Copy, Debug)]
@@ -371,10 +372,13 @@ impl Store {
             }
         };
         // Bytes first, then the entry that makes them visible.
-        let result = match slot.publish(&meta) {
+        let published = slot.publish(&meta);
+        failpoint::at("commit.published");
+        let result = match published {
             Ok(at) => self.make_visible(&namespace, &reservation, &meta, at, info).await,
             Err(e) => Err(e),
         };
+        failpoint::at("commit.visible");
         self.reservations.lock().finish(id);
         result
     }

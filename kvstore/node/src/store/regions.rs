@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 
 use super::Store;
 use crate::connection::Via;
+use crate::failpoint;
 
 /// How long an unregistration waits for calls that use the region.
 const UNREGISTER_WAIT: Duration = Duration::from_secs(10);
@@ -64,6 +65,7 @@ impl Store {
         may(self.regions.0.lock().get(&instance))?;
         let region = Arc::new(Region::new(descriptor, offset, length, via.may_map(&self.config.auth))?);
         let mapped = region.is_mapped();
+        failpoint::at("register_region.mapped");
         let mut all = self.regions.0.lock();
         may(all.get(&instance))?;
         let registered = all.entry(instance).or_default();

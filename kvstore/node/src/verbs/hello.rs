@@ -8,6 +8,7 @@ use kvkeep_proto::{PROTOCOL_MAJOR, PROTOCOL_MINOR, v1};
 
 use super::{Answer, Verbs};
 use crate::connection::{Connection, Hello, Via};
+use crate::failpoint;
 
 impl Verbs {
     /// Answers a hello. `bearer`: a token that came beside the message.
@@ -45,6 +46,7 @@ impl Verbs {
             Via::Unix { uid, .. } => format!("unix uid {uid}"),
         };
         tracing::debug!(client = %said.client, %instance, tenant = %tenant_name, %via, "hello");
+        failpoint::at("hello.said");
         let ways = self.store.ways.get();
         Ok(v1::HelloReply {
             major: PROTOCOL_MAJOR,

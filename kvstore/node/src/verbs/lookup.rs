@@ -6,6 +6,7 @@ use kvkeep_core::{Error, ErrorKind, Key, LeaseId, RequestId, Tier};
 use kvkeep_proto::v1;
 
 use super::{Answer, Batch, Call, Refusal, Verbs, within};
+use crate::failpoint;
 use crate::store::lookup::{MatchWish, Matched};
 use crate::store::reservations::ReservationId;
 
@@ -34,6 +35,7 @@ impl Verbs {
         } else {
             tokio::task::spawn_blocking(answer).await.map_err(|_| Refusal::Cut("the match was cut short"))?
         };
+        failpoint::at("match.answered");
         Ok(v1::MatchReply { results })
     }
 
@@ -87,6 +89,7 @@ impl Verbs {
         let digests = if current { digests } else { Vec::new() };
         let request_id = call.context.request_id.clone();
         let (lease, statuses) = self.store.lease(call.caller, request_id, handle, &digests, ttl, &call.context.info)?;
+        failpoint::at("lease.taken");
         let positions = statuses.iter().filter(|s| **s == kvkeep_core::PartStatus::Hit).count() as u32;
         Ok(v1::LeaseReply {
             lease: lease.map(|(id, left)| v1::GrantedLease {
@@ -100,6 +103,7 @@ impl Verbs {
 
     /// Ends leases and abandons reservations.
     pub fn release(&self, call: &Call, wish: v1::ReleaseRequest) -> Answer<v1::ReleaseReply> {
+        failpoint::at("release.asked");
         self.keys_within(wish.lease_ids.len() + wish.reservation_ids.len() + wish.request_ids.len())?;
         let requests: Vec<_> = wish.request_ids.iter().map(|r| RequestId::new(r)).collect::<Result<_, _>>()?;
         let leases: Vec<_> = wish.lease_ids.into_iter().map(LeaseId).collect();
@@ -110,6 +114,7 @@ impl Verbs {
 
     /// Counts accesses.
     pub fn touch(&self, call: &Call, wish: v1::TouchRequest) -> Answer<v1::TouchReply> {
+        failpoint::at("touch.asked");
         let batch = self.batch(call, wish.handle, &wish.keys)?;
         Ok(v1::TouchReply { touched: self.store.touch(&batch.digests, &call.context.info) })
     }

@@ -8,6 +8,7 @@ use kvkeep_core::{Error, ErrorKind, GroupId, Key, ShardId};
 use kvkeep_proto::v1;
 
 use super::{Answer, Call, Refusal, Verbs, narrow};
+use crate::failpoint;
 use crate::store::put::{Committed, PartAnswer, PartWish, PositionWish, ReserveWish};
 use crate::store::reservations::ReservationId;
 
@@ -18,6 +19,7 @@ impl Verbs {
         self.keys_within(parts)?;
         let wish = reserve_wish(wish)?;
         let reserves = self.store.reserve(call.caller, wish, call.deadline).await?;
+        failpoint::at("reserve.granted");
         let answers = reserves.answers.into_iter().map(|a| v1::PartAnswer { answer: Some(spell_answer(a)) }).collect();
         Ok(v1::ReserveReply {
             answers,
@@ -30,6 +32,7 @@ impl Verbs {
     /// Makes parts visible, and acknowledges them at their class.
     pub async fn commit(&self, call: &Call, parts: Vec<v1::CommitPart>) -> Answer<v1::CommitReply> {
         self.keys_within(parts.len())?;
+        failpoint::at("commit.asked");
         let parts = parts.into_iter().map(|p| (ReservationId(p.reservation_id), p.crc32)).collect();
         // Started work is finished even if the caller goes away: a half-known acknowledgement helps nobody.
         let (store, caller, info) = (Arc::clone(&self.store), call.caller, call.context.info);

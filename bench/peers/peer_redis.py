@@ -1,5 +1,6 @@
 """Redis through a client of our own that receives into the caller's buffer, and through redis-py with hiredis."""
 
+import mmap
 import os
 import socket
 import subprocess
@@ -68,8 +69,9 @@ def start():
     options = ("--save", "", "--appendonly", "no")
     server = common.start_server(program, "--bind", "127.0.0.1", "--port", port, *options)
     common.wait_for_port(port, server)
-    memory = memoryview(bytearray(os.urandom(BLOCK_BYTES)) * BLOCKS)
-    assert len(memory) == WORKING_SET_BYTES
+    # Whole pages, as every path has them.
+    memory = memoryview(mmap.mmap(-1, WORKING_SET_BYTES))
+    memory[:] = os.urandom(BLOCK_BYTES) * BLOCKS
     raw = Raw(port, memory)
     for number in range(BLOCKS):
         raw.put(number)

@@ -2,11 +2,52 @@
 
 use std::fs::File;
 use std::io::Write as _;
+use std::ops::{Deref, DerefMut, Range};
 use std::path::Path;
 
 use anyhow::{Context as _, ensure};
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mm::{MapFlags, ProtFlags};
+
+/// Where every buffer of a path begins at a multiple. Not for neatness: the kernel copies between socket and buffer about
+/// twice as fast when both are aligned alike as when they are 16 bytes apart (seen on Zen 4).
+const PAGE_BYTES: usize = 4096;
+
+/// Bytes in whole pages, all of them touched.
+pub struct Pages {
+    bytes: Vec<u8>,
+    range: Range<usize>,
+}
+
+impl Pages {
+    /// So many bytes.
+    pub fn new(len: usize) -> Self {
+        // Not 0: zeroes would come from the system as one page that is shared until it is written.
+        let bytes = vec![1; len + PAGE_BYTES];
+        let first = bytes.as_ptr().align_offset(PAGE_BYTES).min(PAGE_BYTES);
+        Self { bytes, range: first..first + len }
+    }
+}
+
+impl Deref for Pages {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes[self.range.clone()]
+    }
+}
+
+impl DerefMut for Pages {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes[self.range.clone()]
+    }
+}
+
+impl AsRef<[u8]> for Pages {
+    fn as_ref(&self) -> &[u8] {
+        self
+    }
+}
 
 /// What keeps a file of memory as it is for ever.
 const SEALS: SealFlags = SealFlags::WRITE.union(SealFlags::SHRINK).union(SealFlags::GROW);
@@ -114,6 +155,14 @@ mod tests {
             assert_eq!(to[first..first + len], from[1000 - len..]);
             assert!(to[..first].iter().chain(&to[first + len..]).all(|b| *b == 0xee));
         }
+    }
+
+    #[test]
+    fn pages_begin_where_pages_do() {
+        let mut pages = Pages::new(5000);
+        assert_eq!((pages.len(), pages.as_ptr().addr() % PAGE_BYTES), (5000, 0));
+        pages[4999] = 7;
+        assert_eq!(pages.last(), Some(&7));
     }
 
     #[test]

@@ -73,7 +73,7 @@ mod tests {
                 assert_eq!(sample.bytes, (sample.latencies.len() * BLOCK_BYTES) as u64);
                 moved += sample.bytes;
             }
-            assert!(*memory.landing().unwrap() == memory.source);
+            assert!(memory.landing().unwrap()[..] == memory.source);
         }
     }
 }

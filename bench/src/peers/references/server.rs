@@ -14,9 +14,9 @@ use kvkeep_core::ChunkSums;
 use parking_lot::Mutex;
 
 use super::tcp::receive_summed;
-use super::{ANSWER_BYTES, GET, PUT, REQUEST_BYTES, parse, range, working_set};
+use super::{ANSWER_BYTES, GET, HEADER_BYTES, PUT, REQUEST_BYTES, parse, range, working_set};
 use crate::node::{Node, Recipe};
-use crate::peers::memory::sealed_file;
+use crate::peers::memory::{Pages, sealed_file};
 use crate::peers::path::{BLOCK_BYTES, BLOCKS};
 
 /// How often the server looks whether its parent still lives.
@@ -36,8 +36,8 @@ pub struct ReferenceCommand {
 }
 
 struct Served {
-    source: Vec<u8>,
-    landing: Vec<Mutex<Vec<u8>>>,
+    source: Pages,
+    landing: Vec<Mutex<Pages>>,
 }
 
 /// Runs the server until its parent is gone.
@@ -47,8 +47,7 @@ pub async fn command(command: ReferenceCommand) -> anyhow::Result<bool> {
     let unix = UnixListener::bind_addr(&abstract_name(&command.unix_name)?).context("listen on a Unix socket")?;
     let source = working_set();
     let shared = sealed_file(&source)?;
-    // Written once, so that no put pays for the first touch of a page.
-    let landing = (0..BLOCKS).map(|_| Mutex::new(vec![1; BLOCK_BYTES])).collect();
+    let landing = (0..BLOCKS).map(|_| Mutex::new(Pages::new(BLOCK_BYTES))).collect();
     let served = Arc::new(Served { source, landing });
     let slots = Arc::new(());
     println!("reference ready listen={}", tcp.local_addr()?);
@@ -102,6 +101,7 @@ impl Served {
             match parse(bytes) {
                 (GET, block) => socket.write_all(&self.source[range(block)])?,
                 (PUT, block) => {
+                    socket.read_exact(&mut [0; HEADER_BYTES - REQUEST_BYTES])?;
                     let sums = receive_summed(&mut socket, &mut self.landing[block].lock())?;
                     socket.write_all(&answer(&sums))?;
                 }

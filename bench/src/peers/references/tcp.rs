@@ -9,7 +9,7 @@ use anyhow::{Context as _, ensure};
 use kvkeep_core::{ChunkSums, SUM_CHUNK_BYTES};
 
 use super::server::{Reference, answer};
-use super::{ANSWER_BYTES, CONNECTIONS, GET, Memory, PUT, range, request};
+use super::{ANSWER_BYTES, CONNECTIONS, GET, HEADER_BYTES, Memory, PUT, REQUEST_BYTES, range, request};
 use crate::peers::path::{BLOCK_BYTES, BLOCKS, Entry, Group, Kind, Measuring, Path, PathId, Sample, Way};
 use crate::peers::processor::Processor;
 
@@ -110,7 +110,8 @@ impl Lane {
     }
 
     fn put(&mut self, number: usize, sums: &ChunkSums, block: &[u8]) -> anyhow::Result<()> {
-        let header = request(PUT, number);
+        let mut header = [0; HEADER_BYTES];
+        header[..REQUEST_BYTES].copy_from_slice(&request(PUT, number));
         // Header and block leave in one call, as long as the socket takes both.
         let mut parts: &mut [IoSlice<'_>] = &mut [IoSlice::new(&header), IoSlice::new(block)];
         while !parts.is_empty() {

@@ -30,7 +30,7 @@ pub const CONNECTIONS: [u32; 2] = [1, 4];
 /// Bytes of a request.
 const REQUEST_BYTES: usize = 16;
 /// Bytes of a request before the block that it brings. A cache line: behind 16 bytes the block would lie in the kernel's
-/// buffers at another alignment than in ours, and the copies take almost twice the time.
+/// buffers at another alignment than in ours, see [`super::memory::Pages`].
 const HEADER_BYTES: usize = 64;
 /// Bytes of an answer that is no block.
 const ANSWER_BYTES: usize = 8;

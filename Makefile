@@ -77,9 +77,10 @@ EXAMPLES := kvkeep-core/directory_cost kvkeep-tiers/arena_cost kvkeep-node/index
             kvkeep-bench/generator_speed
 
 .PHONY: bench
-bench: build ## The measured bars: gRPC against a bare service, match, and the benches beside the code
+bench: build ## The measured bars: gRPC against a bare service, match, peers, and the benches beside the code
 	@$(BIN)/kvkeep-bench grpc
 	@$(BIN)/kvkeep-bench match
+	@$(BIN)/kvkeep-bench peers
 	@for example in $(EXAMPLES); do \
 	  printf '\nkvkeep: %s\n' "$$example" >&2; \
 	  $(WITH) cargo run --quiet --release $(LOCK) -p "$${example%/*}" --example "$${example#*/}"; \

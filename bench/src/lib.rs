@@ -1,7 +1,8 @@
 //! `kvkeep-bench`: load, trace replay with every byte verified, the main job, and paired comparisons.
 //!
 //! The commands: [`replay`] (a workload through the real API) -> [`main_job`] (what `make run` runs: a replay with the node
-//! killed half-way) -> [`load`] (closed and open loop) -> [`grpc`] (against a bare service) -> [`matching`] (cost of match).
+//! killed half-way) -> [`load`] (closed and open loop) -> [`grpc`] (against a bare service) -> [`matching`] (cost of match)
+//! -> [`peers`] (beside other stores and plain references).
 //! What they stand on: [`trace`] (workloads), [`block_bytes`] and [`keys`] (bytes and names made from ids), [`measure`]
 //! (histograms, CPU, load), [`progress`], [`units`], [`node`] (starting and killing `kvkeepd`).
 //!
@@ -15,6 +16,7 @@ pub mod main_job;
 pub mod matching;
 pub mod measure;
 pub mod node;
+pub mod peers;
 pub mod progress;
 pub mod replay;
 pub mod trace;

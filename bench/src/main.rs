@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use kvkeep_bench::{grpc, load, main_job, matching, replay};
+use kvkeep_bench::{grpc, load, main_job, matching, peers, replay};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Load, replay and comparisons for KVKeep.
@@ -26,9 +26,14 @@ enum Command {
     Grpc(grpc::GrpcCommand),
     /// What looking up long chains costs, and whether others feel it
     Match(matching::MatchCommand),
+    /// Ours beside other stores and plain references, in one run of random order
+    Peers(peers::PeersCommand),
     /// The bare service that `grpc` compares with
     #[command(hide = true)]
     BareServer(grpc::bare::BareCommand),
+    /// The server of the references of `peers`
+    #[command(hide = true)]
+    PeersReference(peers::references::server::ReferenceCommand),
 }
 
 async fn run(command: Command) -> anyhow::Result<bool> {
@@ -38,6 +43,8 @@ async fn run(command: Command) -> anyhow::Result<bool> {
         Command::Load(c) => load::command(c).await,
         Command::Grpc(c) => grpc::command(c).await,
         Command::Match(c) => matching::command(c).await,
+        Command::Peers(c) => peers::command(c).await,
+        Command::PeersReference(c) => peers::references::server::command(c).await,
         Command::BareServer(c) => grpc::bare::command(c).await,
     }
 }

@@ -116,6 +116,11 @@ impl Node {
         format!("http://{}", self.listen)
     }
 
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
     /// CPU seconds it has used.
     pub fn cpu_seconds(&self) -> f64 {
         cpu_seconds(self.pid).unwrap_or_default()

@@ -79,7 +79,7 @@ impl RawBlock {
         descriptor: Option<BorrowedFd<'_>>,
     ) -> io::Result<u64> {
         self.last_call += 1;
-        let envelope = Envelope { call: self.last_call, end: true, error: None, message: Some(message) };
+        let envelope = Envelope { call: self.last_call, end: true, message: Some(message), ..Default::default() };
         let mut head = BytesMut::new();
         frame::encode(&envelope, payload.len(), &mut head);
         self.write.write_frame(&head, payload, descriptor, Some(ANSWER_MAX)).await?;

@@ -361,7 +361,7 @@ impl Namespace {
         let request = self.get_request(assembly, batch, left);
         let asked = request.items.len();
         let call = conn.next_call();
-        let frame = v1::Envelope { call, end: true, message: Some(Message::Get(request)), error: None };
+        let frame = v1::Envelope { call, end: true, message: Some(Message::Get(request)), ..Default::default() };
         conn.send(VERB, frame, &[], None, patience).await?;
         loop {
             let (envelope, payload) = conn.next(VERB, call, patience).await?;

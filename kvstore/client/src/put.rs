@@ -423,8 +423,14 @@ impl Namespace {
                 conn.send(VERB, frame, &data, None, patience).await?;
             }
             let end = Message::Write(v1::WriteRequest::default());
-            conn.send(VERB, v1::Envelope { call, end: true, message: Some(end), error: None }, &[], None, patience)
-                .await?;
+            conn.send(
+                VERB,
+                v1::Envelope { call, end: true, message: Some(end), ..Default::default() },
+                &[],
+                None,
+                patience,
+            )
+            .await?;
             match conn.answer(VERB, call, patience).await? {
                 Message::WriteReply(reply) => Ok(reply),
                 _ => Err(Error::protocol("write was answered with something else")),

@@ -372,8 +372,12 @@ impl Client {
                 let patience = shared.config.patience;
                 let request = v1::ReleaseRequest { ctx: Some(call.to_proto(patience)), ..request };
                 let conn = lent.conn();
-                let envelope =
-                    v1::Envelope { call: conn.next_call(), end: true, error: None, message: Some(request.pack()) };
+                let envelope = v1::Envelope {
+                    call: conn.next_call(),
+                    end: true,
+                    message: Some(request.pack()),
+                    ..Default::default()
+                };
                 // The answer is read over by the next call on this connection.
                 if conn.send("release", envelope, &[], None, patience).await.is_ok() {
                     lent.give_back();

@@ -153,7 +153,14 @@ impl Conn {
     /// A call with one answer.
     pub(crate) async fn call(&mut self, verb: &'static str, message: Message, patience: Duration) -> Result<Message> {
         let call = self.next_call();
-        self.send(verb, Envelope { call, end: true, error: None, message: Some(message) }, &[], None, patience).await?;
+        self.send(
+            verb,
+            Envelope { call, end: true, message: Some(message), ..Default::default() },
+            &[],
+            None,
+            patience,
+        )
+        .await?;
         self.answer(verb, call, patience).await
     }
 

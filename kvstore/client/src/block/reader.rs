@@ -13,7 +13,9 @@ use tokio::io::AsyncReadExt as _;
 use super::frame::{HEAD_BYTES, Head};
 use super::stream::ReadHalf;
 
-/// Asked of the kernel at once while an envelope is looked for, bytes. What of it is payload is copied once more.
+/// Asked of the kernel at once where frames come without payload, bytes. Behind one with payload no more is asked for than
+/// the next envelope: a piece of payload that came with it would be copied once more, and all the rest of it would be
+/// copied between buffers that are aligned differently.
 const READ_BYTES: usize = 4096;
 /// Payload that nobody wants is read away in pieces of so many bytes.
 const SKIP_BYTES: usize = 64 << 10;
@@ -23,6 +25,8 @@ pub struct FrameReader {
     half: ReadHalf,
     /// Read and not used yet.
     buffer: BytesMut,
+    /// The last frame had payload, so the next one may.
+    exact: bool,
     /// How long one read may take; `None`: for ever.
     pub patience: Option<Duration>,
 }
@@ -34,14 +38,16 @@ fn violation(what: &'static str) -> io::Error {
 impl FrameReader {
     /// Over a stream.
     pub fn new(half: ReadHalf) -> Self {
-        Self { half, buffer: BytesMut::new(), patience: None }
+        Self { half, buffer: BytesMut::new(), exact: false, patience: None }
     }
 
-    /// Gets more bytes from the kernel; `false` at the end of the stream. Dropped early, nothing is lost.
-    async fn fill(&mut self) -> io::Result<bool> {
-        self.buffer.reserve(READ_BYTES);
-        let read = self.half.read_buf(&mut self.buffer);
-        Ok(patiently(self.patience, read).await? > 0)
+    /// Gets more bytes from the kernel, of which `missing` are needed; `false` at the end of the stream. Dropped early,
+    /// nothing is lost.
+    async fn fill(&mut self, missing: usize) -> io::Result<bool> {
+        let asked = if self.exact { missing } else { missing.max(READ_BYTES) };
+        self.buffer.reserve(asked);
+        let mut room = (&mut self.buffer).limit(asked);
+        Ok(patiently(self.patience, self.half.read_buf(&mut room)).await? > 0)
     }
 
     /// Waits for the next frame, and reads its lengths; `None` where the stream ends between two frames. May be dropped and
@@ -54,9 +60,10 @@ impl FrameReader {
             if let Some(bytes) = self.buffer.first_chunk::<HEAD_BYTES>() {
                 let head = Head::parse(*bytes);
                 self.buffer.advance(HEAD_BYTES);
+                self.exact = head.payload > 0;
                 return Ok(Some(head));
             }
-            if !self.fill().await? {
+            if !self.fill(HEAD_BYTES - self.buffer.len()).await? {
                 return if self.buffer.is_empty() { Ok(None) } else { Err(io::ErrorKind::UnexpectedEof.into()) };
             }
         }
@@ -74,7 +81,7 @@ impl FrameReader {
     pub async fn envelope(&mut self, len: usize) -> io::Result<Envelope> {
         self.buffer.reserve(len.saturating_sub(self.buffer.len()));
         while self.buffer.len() < len {
-            if !self.fill().await? {
+            if !self.fill(len - self.buffer.len()).await? {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
         }

@@ -188,7 +188,8 @@ impl Region {
         let memory = &self.0.memory;
         let wish = v1::RegisterRegionRequest { offset: memory.start(), length: memory.len() as u64 };
         let call = conn.next_call();
-        let frame = v1::Envelope { call, end: true, message: Some(Message::RegisterRegion(wish)), error: None };
+        let frame =
+            v1::Envelope { call, end: true, message: Some(Message::RegisterRegion(wish)), ..Default::default() };
         conn.send(VERB, frame, &[], Some(memory.descriptor()), patience).await?;
         let Message::RegisterRegionReply(reply) = conn.answer(VERB, call, patience).await? else {
             return Err(Error::protocol("a registration was answered with something else"));

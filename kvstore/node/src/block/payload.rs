@@ -87,7 +87,7 @@ async fn rest(peer: &Peer, ticket: &Ticket, items: std::ops::Range<usize>, reaso
 }
 
 fn reply(call: u64, end: bool, reply: v1::GetReply) -> Envelope {
-    Envelope { call, end, error: None, message: Some(Message::GetReply(reply)) }
+    Envelope { call, end, message: Some(Message::GetReply(reply)), ..Default::default() }
 }
 
 /// Write calls of a connection: their frames come one after the other and land where the socket is read.

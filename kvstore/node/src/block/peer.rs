@@ -176,7 +176,7 @@ impl Peer {
 /// The last frame of a call.
 pub fn spell(call: u64, answer: Answer<Message>) -> Envelope {
     match answer {
-        Ok(message) => Envelope { call, end: true, error: None, message: Some(message) },
-        Err(refusal) => Envelope { call, end: true, error: Some(refusal.into_detail()), message: None },
+        Ok(message) => Envelope { call, end: true, message: Some(message), ..Default::default() },
+        Err(refusal) => Envelope { call, end: true, error: Some(refusal.into_detail()), ..Default::default() },
     }
 }

@@ -11,6 +11,8 @@ WITH  := ops/deps/with-rocksdb
 # In a pipeline a stale Cargo.lock is an error; at a desk cargo may bring it up to date.
 LOCK  := $(if $(CI),--locked,)
 BIN   := target/release
+# The tests of the API, which run once more over each way that is not the fastest one of this host.
+API   := put_get regions namespaces leases tenants room events restart
 # Where `make test` leaves the whole log of the tests.
 LOG   := target/test.log
 
@@ -64,6 +66,10 @@ unit: ## Every Rust test (dev profile)
 	@mkdir -p $(dir $(LOG))
 	@$(WITH) cargo build --workspace --bins $(LOCK)
 	@status=0; $(WITH) cargo test --workspace --no-fail-fast $(LOCK) 2>&1 | tee $(LOG) || status=$$?; \
+	  for way in grpc port; do \
+	    printf 'kvkeep: the API once more, over %s\n' "$$way" >&2; \
+	    KVKEEP_TEST_WAY=$$way $(WITH) cargo test --workspace --test node --no-fail-fast $(LOCK) -- $(API) 2>&1 | tee -a $(LOG) || status=$$?; \
+	  done; \
 	  awk '/^test result:/ { passed += $$4; failed += $$6; ignored += $$8 } \
 	       END { printf "\nkvkeep: all Rust tests: %d passed, %d failed, %d ignored\n", passed, failed, ignored }' $(LOG); \
 	  exit $$status

@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use crate::node::{DataDir, Node, Recipe};
 use crate::replay::engine::Shared;
-use crate::replay::plan::{ReplayArgs, ServerArgs};
+use crate::replay::plan::{ReplayArgs, ServerArgs, WayArg};
 use crate::replay::report::{ReplayReport, write_json};
 use crate::replay::tally::Live;
 use crate::replay::{open, run};
@@ -108,7 +108,14 @@ pub async fn command(mut command: MainCommand) -> anyhow::Result<bool> {
         "replaying {} ({total} requests, blocks of {}, {} engines); the node is killed half-way",
         workload.source.name, plan.args.block_bytes, plan.args.engines
     );
-    let server = ServerArgs { endpoint: node.endpoint(), token: None, ca: None, connections: 2, deadline_ms: 20_000 };
+    let server = ServerArgs {
+        endpoint: node.endpoint(),
+        token: None,
+        ca: None,
+        connections: 2,
+        deadline_ms: 20_000,
+        way: WayArg::default(),
+    };
     let shared = open(plan, server.client_config()).await?;
 
     let over = AtomicBool::new(false);

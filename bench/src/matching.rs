@@ -12,7 +12,9 @@ use anyhow::{Context, ensure};
 use bytes::Bytes;
 use clap::Args;
 use kvkeep_client::convert::format_to_proto;
-use kvkeep_client::{Call, Client, ClientConfig, MatchQuery, Namespace, PartOutcome, Put, PutPosition, wire};
+use kvkeep_client::{
+    Call, Client, ClientConfig, Lost, MatchQuery, Namespace, PartOutcome, Put, PutPosition, WayWish, Wire, wire,
+};
 use kvkeep_core::{GroupId, ShardId};
 use rand::Rng as _;
 use serde::Serialize;
@@ -175,7 +177,12 @@ impl Bench {
         let node = Recipe::kvkeepd(command.kvkeepd.as_deref(), data, &more)?.start("127.0.0.1:0").await?;
         let format = any_size_format(FOREGROUND_BYTES as u64);
         let open = async || -> anyhow::Result<Namespace> {
-            let client = Client::connect(ClientConfig::to(node.endpoint())).await?;
+            let client = Client::connect(ClientConfig {
+                way: WayWish::Only(Wire::Grpc),
+                lost: Lost::Errors,
+                ..ClientConfig::to(node.endpoint())
+            })
+            .await?;
             Ok(client.register_namespace("match", &format, "generated").await?)
         };
         let (namespace, background) = (open().await?, open().await?);

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use clap::{Args, ValueEnum};
-use kvkeep_client::{ClientConfig, Retention};
+use kvkeep_client::{ClientConfig, Lost, Retention, WayWish, Wire};
 use kvkeep_core::format::{GROUPS_MAX, SHARDS_MAX};
 use kvkeep_core::{Class, Format, Group, GroupId, Rule, ShardId, SizeRule, Topology};
 use siphasher::sip::SipHasher13;
@@ -38,6 +38,9 @@ pub struct ServerArgs {
     /// Deadline of one call, milliseconds
     #[arg(long, default_value_t = 20_000)]
     pub deadline_ms: u64,
+    /// Which way match, get and put go
+    #[arg(long, value_enum, default_value_t)]
+    pub way: WayArg,
 }
 
 impl ServerArgs {
@@ -49,8 +52,46 @@ impl ServerArgs {
             name: concat!("kvkeep-bench/", env!("CARGO_PKG_VERSION")).to_owned(),
             connections: self.connections,
             deadline: Duration::from_millis(self.deadline_ms),
+            // What is lost is counted as failed, and a machine that is busy with the bench itself is no lost server.
+            lost: Lost::Errors,
+            patience: Duration::from_secs(2),
+            block_connections: BLOCK_CONNECTIONS,
+            way: match self.way {
+                WayArg::Fastest => WayWish::Fastest,
+                WayArg::Grpc => WayWish::Only(Wire::Grpc),
+                WayArg::Socket => WayWish::Only(Wire::Socket),
+                WayArg::Port => WayWish::Only(Wire::Port),
+            },
             ..ClientConfig::to(self.endpoint.clone())
         }
+    }
+}
+
+/// Block connections of one client: as many as calls in flight.
+const BLOCK_CONNECTIONS: usize = 64;
+
+/// Which way the hot verbs go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum WayArg {
+    /// The fastest there is.
+    #[default]
+    Fastest,
+    /// gRPC.
+    Grpc,
+    /// The block protocol on the Unix socket.
+    Socket,
+    /// The block protocol over TCP.
+    Port,
+}
+
+impl std::fmt::Display for WayArg {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Fastest => "fastest",
+            Self::Grpc => "grpc",
+            Self::Socket => "socket",
+            Self::Port => "port",
+        })
     }
 }
 

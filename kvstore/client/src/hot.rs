@@ -76,6 +76,7 @@ verbs! {
 }
 
 /// A way for one try.
+#[expect(clippy::large_enum_variant, reason = "it is made and taken apart once per call")]
 pub(crate) enum Line<'a> {
     /// Over gRPC.
     Grpc,

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use kvkeep_client::{Call, Client, ClientConfig, GetItem, MatchQuery, Namespace, PartOutcome, Put, PutPosition};
+use kvkeep_client::{Call, Client, ClientConfig, GetItem, Lost, MatchQuery, Namespace, PartOutcome, Put, PutPosition};
 use kvkeep_core::{Class, Format, Group, Rule, SizeRule, Tier, Topology};
 use serde_json::json;
 
@@ -66,7 +66,7 @@ async fn demo(args: &DemoArgs, out: &Output) -> Outcome {
     let listen = server.listen.clone();
     say(out, "kvkeepd", &format!("serves on {listen} after {} (pid {})", seconds(began.elapsed()), server.pid))?;
 
-    let client = Client::connect(ClientConfig::to(listen.as_str())).await?;
+    let client = Client::connect(ClientConfig { lost: Lost::Errors, ..ClientConfig::to(listen.as_str()) }).await?;
     let ns = client.register_namespace("demo", &format(), "demo-weights-1").await?;
     let put_began = Instant::now();
     let stored = put(&ns, &keys).await?;

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use kvkeep_client::{Way, Wire};
 use serde_json::json;
 
 use crate::args::{Connection, DoctorArgs};
@@ -59,6 +60,7 @@ async fn server(connection: &Connection) -> (Vec<Check>, Option<PathBuf>) {
     let hello = session.client.hello();
     let found = format!("{endpoint}: node {}, tenant {}", hello.node, hello.tenant);
     let mut checks = vec![Check::ok(NAME, found), judge_version("server", &hello.server)];
+    checks.extend(session.client.way().map(|way| judge_way(&way)));
     match session.client.admin().status(&session.call).await {
         Ok(status) => {
             checks
@@ -70,6 +72,28 @@ async fn server(connection: &Connection) -> (Vec<Check>, Option<PathBuf>) {
             (checks, None)
         }
     }
+}
+
+/// Which way an engine on this host, as this user, would go, and what stands in the way of a faster one.
+fn judge_way(way: &Way) -> Check {
+    let can = match (way.wire, way.mapped, way.regions) {
+        (Wire::Socket, true, _) => {
+            "block protocol on the Unix socket: mapped reads and regions, nothing copied or one copy"
+        }
+        (Wire::Socket, false, true) => "block protocol on the Unix socket: regions, one copy by the server",
+        (Wire::Socket, false, false) => "block protocol on the Unix socket: bytes travel through it",
+        (Wire::Port, ..) => "block protocol over TCP: bytes travel",
+        (Wire::Grpc, ..) => "gRPC: bytes travel, and the library copies them once more",
+    };
+    let found = format!("{can} ({})", way.to);
+    let advice = match (way.wire, way.mapped) {
+        (Wire::Socket, false) => {
+            Some("to let this user read in place, add its uid to auth.unix_uids and auth.map_uids".to_owned())
+        }
+        _ if !way.why.is_empty() => Some(way.why.clone()),
+        _ => None,
+    };
+    Check { advice, ..Check::ok("fast way", found) }
 }
 
 /// The `kvkeepd` beside this program.

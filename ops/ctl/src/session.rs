@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use kvkeep_client::{Call, Client, ClientConfig, Namespace, wire};
+use kvkeep_client::{Call, Client, ClientConfig, Lost, Namespace, wire};
 use kvkeep_core::Handle;
 use kvkeep_core::ids::{NamespaceId, Revision};
 
@@ -29,6 +29,7 @@ impl Session {
     pub async fn open(connection: &Connection) -> Outcome<Self> {
         let deadline = Duration::from_millis(connection.timeout_ms);
         let config = ClientConfig {
+            lost: Lost::Errors,
             endpoint: endpoint(connection).to_owned(),
             token: connection.token.as_ref().map(|t| t.0.clone()).filter(|t| !t.is_empty()),
             ca_file: connection.ca.as_ref().filter(|f| !f.is_empty()).map(PathBuf::from),

@@ -18,6 +18,7 @@ mod failpoints;
 mod kill_loop;
 mod leases;
 mod lost;
+mod mapped_clients;
 mod namespaces;
 mod powercut;
 mod put_get;

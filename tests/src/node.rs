@@ -18,6 +18,8 @@ use tempfile::TempDir;
 const READY_MAX: Duration = Duration::from_secs(60);
 /// A server that has not stopped by then has failed.
 const STOP_MAX: Duration = Duration::from_secs(60);
+/// How long clients of tests wait for a sign of life, unless the test is about that.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// Lines of a server's log shown with a failure.
 const LOG_LINES: usize = 40;
 
@@ -189,6 +191,9 @@ impl Node {
     /// If it cannot connect.
     pub async fn client_with(&self, change: impl FnOnce(&mut ClientConfig)) -> Client {
         let mut config = ClientConfig::to(self.endpoint());
+        // A test wants to hear of a server that was lost, and a busy machine is no lost server.
+        config.lost = kvkeep_client::Lost::Errors;
+        config.patience = PATIENCE;
         change(&mut config);
         Client::connect(config).await.unwrap_or_else(|e| panic!("cannot connect: {e}\n{}", self.log()))
     }

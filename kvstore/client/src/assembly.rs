@@ -15,10 +15,21 @@ use crate::get::{GetItem, Header};
 pub(crate) trait Landing {
     /// Whether item `item` has room for a range of `total` bytes.
     fn has_room(&mut self, item: usize, total: u64) -> bool;
+    /// Where `len` bytes at `at` of the range of `item`, which is `total` bytes long, may be read to straight away; `None`:
+    /// there is no such place, they are landed by [`Self::land`].
+    fn room(&mut self, item: usize, at: u64, total: u64, len: usize) -> Option<Room<'_>>;
     /// `chunk` belongs at `at` of the range of `item`, which is `total` bytes long. Called in order, never beyond `total`.
     fn land(&mut self, item: usize, at: u64, total: u64, chunk: Bytes);
     /// The item is no hit after all, or is asked for again: what landed is worthless.
     fn forget(&mut self, item: usize);
+}
+
+/// Memory that bytes are read into.
+pub(crate) enum Room<'a> {
+    /// This, exactly.
+    Slice(&'a mut [u8]),
+    /// Behind what this holds; it has the capacity.
+    Tail(&'a mut BytesMut),
 }
 
 /// Lands each part in memory of its own. A part that came in one chunk is that chunk: nothing is copied.
@@ -45,6 +56,15 @@ impl Landing for Owned {
         true // `Assembly` bounds a part by the server's block limit
     }
 
+    fn room(&mut self, item: usize, at: u64, total: u64, _len: usize) -> Option<Room<'_>> {
+        let part = &mut self.parts[item];
+        if at == 0 {
+            part.clear();
+            part.reserve(total as usize);
+        }
+        Some(Room::Tail(part))
+    }
+
     fn land(&mut self, item: usize, at: u64, total: u64, chunk: Bytes) {
         if at == 0 && chunk.len() as u64 == total {
             self.whole[item] = chunk;
@@ -69,6 +89,11 @@ pub(crate) struct Lent<'a, 'b>(pub(crate) &'a mut [&'b mut [u8]]);
 impl Landing for Lent<'_, '_> {
     fn has_room(&mut self, item: usize, total: u64) -> bool {
         self.0[item].len() as u64 >= total
+    }
+
+    fn room(&mut self, item: usize, at: u64, _total: u64, len: usize) -> Option<Room<'_>> {
+        let at = usize::try_from(at).ok()?;
+        self.0[item].get_mut(at..at.checked_add(len)?).map(Room::Slice)
     }
 
     fn land(&mut self, item: usize, at: u64, _total: u64, chunk: Bytes) {
@@ -104,6 +129,26 @@ struct Open {
     sums: RangeSums,
     /// The rest is read and thrown away, for this reason.
     spoilt: Option<MissReason>,
+    /// The chunk at hand is its last.
+    last: bool,
+}
+
+/// What to do with the data of a reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Admitted {
+    /// It has none: its item is settled.
+    Settled,
+    /// Read it and throw it away.
+    Unwanted,
+    /// It belongs at `at` of the range of `item`, which is `total` bytes long.
+    Wanted {
+        /// Index of the item.
+        item: usize,
+        /// Within the range, bytes.
+        at: u64,
+        /// Bytes of the range.
+        total: u64,
+    },
 }
 
 /// The items of one get, in the order asked.
@@ -153,24 +198,49 @@ impl<'a> Assembly<'a> {
         }
     }
 
-    /// Takes one reply. `first`: index of the item that the request called 0.
+    /// Takes one reply with its data. `first`: index of the item that the request called 0.
     pub(crate) fn feed(
         &mut self,
         first: usize,
-        reply: v1::GetReply,
+        mut reply: v1::GetReply,
         landing: &mut impl Landing,
     ) -> Result<(), Violation> {
+        let data = std::mem::take(&mut reply.data);
+        match self.admit(first, &reply, data.len(), landing)? {
+            Admitted::Settled => {}
+            Admitted::Unwanted => self.pass(data.len(), landing),
+            Admitted::Wanted { item, at, total } => {
+                if self.compare(&data) {
+                    landing.land(item, at, total, data);
+                } else {
+                    landing.forget(item);
+                }
+                self.pass(0, landing);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes a reply whose data, `len` bytes, is somewhere else: says what to do with it. Unless the reply was
+    /// [`Admitted::Settled`], [`Self::pass`] follows when its data is dealt with.
+    pub(crate) fn admit(
+        &mut self,
+        first: usize,
+        reply: &v1::GetReply,
+        len: usize,
+        landing: &mut impl Landing,
+    ) -> Result<Admitted, Violation> {
         let index = self.done.len();
         if first.checked_add(reply.item as usize) != Some(index) || index >= self.items.len() {
             return Err(Violation("a chunk of an item out of order"));
         }
-        if reply.data.len() > self.bounds.chunk_bytes {
+        if len > self.bounds.chunk_bytes {
             return Err(Violation("a chunk larger than was asked for"));
         }
         // A status that this version does not know is no hit.
         let status = convert::status_from_proto(reply.status).unwrap_or(PartStatus::Miss);
         if status != PartStatus::Hit {
-            if !reply.data.is_empty() {
+            if len > 0 {
                 return Err(Violation("data of a part that is no hit"));
             }
             self.interrupt(landing);
@@ -180,21 +250,44 @@ impl<'a> Assembly<'a> {
                 retry_after: convert::millis_from_proto(reply.retry_after_ms),
                 ..Header::miss(MissReason::Incomplete)
             });
-            return Ok(());
+            return Ok(Admitted::Settled);
         }
         let mut open = match self.open.take() {
             Some(open) => open,
-            None => self.begin(index, &reply, landing)?,
+            None => self.begin(index, reply, landing)?,
         };
-        let taken = Self::take(index, &self.items[index], &mut open, reply, landing);
+        let offset = self.items[index].offset;
+        let admitted = Self::continues(&open, reply, len);
+        open.last = reply.last;
+        let (at, total) = (open.at.saturating_sub(offset), open.end.saturating_sub(offset));
         // Put back even when it failed, so that `interrupt` finds what landed.
-        let (offset, ended) = (self.items[index].offset, taken == Ok(true));
         self.open = Some(open);
-        taken?;
-        if ended && let Some(open) = self.open.take() {
+        Ok(if admitted? { Admitted::Wanted { item: index, at, total } } else { Admitted::Unwanted })
+    }
+
+    /// Compares the data of the admitted reply with the sums that it completes; `false`: it is worthless, and so is its part,
+    /// which is to be forgotten.
+    pub(crate) fn compare(&mut self, data: &[u8]) -> bool {
+        let Some(open) = &mut self.open else { return false };
+        let right = open.sums.feed(open.at, data);
+        if !right {
+            open.spoilt = Some(MissReason::Quarantined);
+        }
+        open.at += data.len() as u64;
+        right
+    }
+
+    /// The admitted reply is dealt with; `unread` bytes of it nobody looked at.
+    pub(crate) fn pass(&mut self, unread: usize, landing: &mut impl Landing) {
+        let index = self.done.len();
+        let Some(open) = &mut self.open else { return };
+        open.at += unread as u64;
+        if open.last
+            && let Some(open) = self.open.take()
+        {
+            let offset = self.items[index].offset;
             self.settle(index, offset, open, landing);
         }
-        Ok(())
     }
 
     /// Reads what stands with the first chunk of an item.
@@ -234,26 +327,17 @@ impl<'a> Assembly<'a> {
             end,
             sums: RangeSums::new(&reply.crc32, part_bytes, item.offset, end),
             spoilt,
+            last: false,
         })
     }
 
-    /// Takes a chunk's data; answers whether it was the last.
-    fn take(
-        index: usize,
-        item: &GetItem,
-        open: &mut Open,
-        reply: v1::GetReply,
-        landing: &mut impl Landing,
-    ) -> Result<bool, Violation> {
+    /// Whether a chunk goes on where the last one ended; answers whether its data is of any use.
+    fn continues(open: &Open, reply: &v1::GetReply, len: usize) -> Result<bool, Violation> {
         if open.spoilt.is_some() {
             // Nothing of it is used; it only has to end.
-            return if reply.data.is_empty() && !reply.last {
-                Err(Violation("an empty chunk"))
-            } else {
-                Ok(reply.last)
-            };
+            return if len == 0 && !reply.last { Err(Violation("an empty chunk")) } else { Ok(false) };
         }
-        let len = reply.data.len() as u64;
+        let len = len as u64;
         if reply.offset != open.at {
             return Err(Violation("a chunk that does not begin where the last one ended"));
         }
@@ -266,14 +350,7 @@ impl<'a> Assembly<'a> {
         if reply.last != (open.at + len == open.end) {
             return Err(Violation("a last chunk that is not where the range ends"));
         }
-        if open.sums.feed(open.at, &reply.data) {
-            landing.land(index, open.at - item.offset, open.end - item.offset, reply.data);
-        } else {
-            open.spoilt = Some(MissReason::Quarantined);
-            landing.forget(index);
-        }
-        open.at += len;
-        Ok(reply.last)
+        Ok(true)
     }
 
     fn settle(&mut self, index: usize, offset: u64, open: Open, landing: &mut impl Landing) {

@@ -12,13 +12,18 @@ use kvkeep_proto::v1;
 use parking_lot::RwLock;
 
 use crate::admin::Admin;
+use crate::block::breaker::BreakerState;
+use crate::block::faults::Fault;
+use crate::block::pool::Way;
 use crate::budget::Bucket;
 use crate::call::Call;
 use crate::config::ClientConfig;
 use crate::connection::{Connection, Hello, Wire, blocks};
 use crate::convert;
+use crate::endpoint::Target;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{EventStream, Watch};
+use crate::hot::Hot;
 use crate::namespace::Namespace;
 
 /// Times that one call says hello anew before it gives up.
@@ -49,6 +54,14 @@ pub struct Counters {
     pub violations: u64,
     /// Parts given back as misses because the deadline passed.
     pub late_parts: u64,
+    /// Calls that were lost with the server, and answered with misses where that was asked for.
+    pub lost_calls: u64,
+    /// Times that the circuit breaker opened.
+    pub breaker_opened: u64,
+    /// Calls that it did not let out.
+    pub breaker_refused: u64,
+    /// Parts whose destination the server may still be writing: see [`crate::region`].
+    pub doubtful_parts: u64,
 }
 
 #[derive(Default)]
@@ -61,6 +74,8 @@ pub(crate) struct Counts {
     pub(crate) bad_sums: AtomicU64,
     pub(crate) violations: AtomicU64,
     pub(crate) late_parts: AtomicU64,
+    pub(crate) lost_calls: AtomicU64,
+    pub(crate) doubtful_parts: AtomicU64,
 }
 
 /// Adds to a counter; counters order nothing.
@@ -69,10 +84,12 @@ pub(crate) fn count(counter: &AtomicU64, n: u64) {
 }
 
 pub(crate) struct Shared {
-    config: ClientConfig,
-    connections: Vec<Connection>,
+    pub(crate) config: ClientConfig,
+    pub(crate) connections: Vec<Connection>,
+    pub(crate) target: Target,
+    pub(crate) hot: Hot,
     next: AtomicUsize,
-    hello: RwLock<Arc<Hello>>,
+    pub(crate) hello: RwLock<Arc<Hello>>,
     bucket: Bucket,
     pub(crate) counts: Counts,
 }
@@ -102,24 +119,56 @@ pub(crate) struct Tries<'a> {
 }
 
 impl Client {
-    /// Connects and says hello on every connection. Fails within the connect timeout and the deadline where nobody answers.
+    /// Connects and says hello on every connection, and finds the fastest way. Fails within the connect timeout and the
+    /// deadline where nobody answers; an endpoint `local:` starts its server first, within [`crate::embedded::START_MAX`].
     pub async fn connect(config: ClientConfig) -> Result<Self> {
-        config.validate()?;
-        let connections = (0..config.connections).map(|_| Connection::lazy(&config)).collect::<Result<Vec<_>>>()?;
-        let within = config.deadline.min(config.connect_timeout + Duration::from_secs(3));
-        let mut first = None;
-        let counts = Counts::default();
-        for connection in &connections {
-            let (_, hello) =
-                connection.greet(&config, within).await.map_err(|e| e.with("endpoint", &config.endpoint))?;
-            count(&counts.hellos, 1);
-            first = first.or(hello);
+        let client = Self::lazy(config)?;
+        let shared = &client.shared;
+        let within = shared.config.deadline.min(shared.config.connect_timeout + Duration::from_secs(3));
+        for connection in &shared.connections {
+            let (_, hello) = connection
+                .introduce(&shared.config, &shared.target, within)
+                .await
+                .map_err(|e| e.with("endpoint", &shared.config.endpoint))?;
+            shared.heard(hello);
         }
-        let hello = first.ok_or_else(|| Error::config("a client has at least one connection"))?;
-        let bucket = Bucket::new(config.retry);
-        let shared =
-            Shared { config, connections, next: AtomicUsize::new(0), hello: RwLock::new(hello), bucket, counts };
+        shared.find_way().await?;
+        Ok(client)
+    }
+
+    /// A client that connects at its first call. Fails only where the configuration is wrong: while nobody answers, the hot
+    /// verbs are misses (or errors, as [`ClientConfig::lost`] says).
+    pub fn lazy(config: ClientConfig) -> Result<Self> {
+        config.validate()?;
+        let target = config.target()?;
+        let lazy = |_| Connection::lazy(&config, &target);
+        let connections = (0..config.connections).map(lazy).collect::<Result<Vec<_>>>()?;
+        let shared = Shared {
+            hot: Hot::new(&config),
+            bucket: Bucket::new(config.retry),
+            config,
+            connections,
+            target,
+            next: AtomicUsize::new(0),
+            hello: RwLock::new(Arc::new(Hello::unknown())),
+            counts: Counts::default(),
+        };
         Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// Which way the hot verbs go; `None`: nobody has answered yet.
+    pub fn way(&self) -> Option<Way> {
+        self.shared.hot.way()
+    }
+
+    /// What the circuit breaker lets out.
+    pub fn breaker(&self) -> BreakerState {
+        self.shared.hot.pool.breaker.state()
+    }
+
+    /// Plays a lost server, for tests of programs that use this client.
+    pub fn inject(&self, fault: Fault) {
+        self.shared.hot.faults.set(fault);
     }
 
     /// What the server said last of itself: its limits, its version, our tenant.
@@ -150,6 +199,10 @@ impl Client {
             bad_sums: get(&c.bad_sums),
             violations: get(&c.violations),
             late_parts: get(&c.late_parts),
+            lost_calls: get(&c.lost_calls),
+            breaker_opened: self.shared.hot.pool.breaker.counts().0,
+            breaker_refused: self.shared.hot.pool.breaker.counts().1,
+            doubtful_parts: get(&c.doubtful_parts),
         }
     }
 
@@ -265,15 +318,19 @@ impl Shared {
         let i = self.next.fetch_add(1, Ordering::Relaxed) % self.connections.len();
         let connection = &self.connections[i];
         let (hello_number, said) = connection.greet(&self.config, left).await?;
-        if let Some(said) = said {
-            count(&self.counts.hellos, 1);
-            let mut known = self.hello.write();
-            if known.server_epoch != said.server_epoch {
-                count(&self.counts.restarts, 1);
-            }
-            *known = said;
-        }
+        self.heard(said);
         Ok(Line { connection, hello_number, wire: connection.wire() })
+    }
+
+    /// Takes note of what a server said, if it said something just now.
+    pub(crate) fn heard(&self, said: Option<Arc<Hello>>) {
+        let Some(said) = said else { return };
+        count(&self.counts.hellos, 1);
+        let mut known = self.hello.write();
+        if known.server_epoch != 0 && known.server_epoch != said.server_epoch {
+            count(&self.counts.restarts, 1);
+        }
+        *known = said;
     }
 
     /// A call with one answer.
@@ -329,10 +386,9 @@ impl Shared {
         call: &Call,
     ) -> Result<u32> {
         let reply = self
-            .unary(
+            .hot(
                 "release",
                 call,
-                Safety::Repeatable,
                 |ctx| v1::ReleaseRequest {
                     ctx: Some(ctx),
                     lease_ids: lease_ids.clone(),
@@ -341,8 +397,12 @@ impl Shared {
                 },
                 |wire, r| async move { blocks(wire).release(r).await },
             )
-            .await?;
-        Ok(reply.released)
+            .await;
+        match reply {
+            Ok(reply) => Ok(reply.released),
+            // What a lost server held ends by itself.
+            Err(e) => self.miss(e).map(|_| 0),
+        }
     }
 }
 

@@ -6,18 +6,43 @@ use std::time::Duration;
 
 use kvkeep_core::InstanceId;
 
+use crate::block::pool::Wire;
 use crate::budget::RetryBudget;
+use crate::endpoint::Target;
 use crate::error::{Error, Result};
 
 /// Where a server listens when nothing else is said.
 pub const DEFAULT_ENDPOINT: &str = "http://127.0.0.1:7070";
+/// How long a block connection may be silent while it owes an answer.
+pub const PATIENCE: Duration = Duration::from_millis(100);
 /// Most connections of one client.
 pub const CONNECTIONS_MAX: usize = 64;
+
+/// Which way the hot verbs shall go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WayWish {
+    /// The fastest there is: the Unix socket of a server on this host, its block port, gRPC.
+    #[default]
+    Fastest,
+    /// This one, or not at all.
+    Only(Wire),
+}
+
+/// What becomes of a hot verb when the server is lost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Lost {
+    /// It is answered with misses, counted as such: an engine goes on as if it had no store.
+    #[default]
+    Misses,
+    /// It fails: for tools that want to know.
+    Errors,
+}
 
 /// Everything a client needs to know. `ClientConfig::default()` talks to a server with defaults on this machine.
 #[derive(Clone)]
 pub struct ClientConfig {
-    /// `http://host:port`, `https://host:port`, or `host:port` for http.
+    /// `http://host:port`, `https://host:port`, or `host:port` for http; `unix:/path` for the socket of a server on this
+    /// host; `local:folder` for a private one that is started where none answers ([`crate::embedded`]).
     pub endpoint: String,
     /// Bearer token. Never shown by `Debug`.
     pub token: Option<String>,
@@ -29,14 +54,24 @@ pub struct ClientConfig {
     pub name: String,
     /// Names this engine instance: leases belong to it, and processes that share one share its leases. Random by default.
     pub instance: InstanceId,
-    /// TCP connections, 1 to [`CONNECTIONS_MAX`]. More than one helps large transfers; calls take turns.
+    /// Connections, 1 to [`CONNECTIONS_MAX`]. More than one helps large transfers; calls take turns.
     pub connections: usize,
     /// Of a call that names none.
     pub deadline: Duration,
-    /// Longest wait for one TCP (and TLS) connection.
+    /// Longest wait for one TCP (and TLS) connection, or one to a Unix socket. The start of a private server has its own
+    /// bound, [`crate::embedded::START_MAX`].
     pub connect_timeout: Duration,
     /// Bounds on trying again.
     pub retry: RetryBudget,
+    /// Which way the hot verbs shall go.
+    pub way: WayWish,
+    /// What becomes of them when the server is lost.
+    pub lost: Lost,
+    /// A block connection on which nothing at all came for so long has lost its server (which promises a sign of life every
+    /// 50 ms while it owes an answer).
+    pub patience: Duration,
+    /// Block connections at a time, 1 to [`CONNECTIONS_MAX`]; each call has one for itself, more calls wait.
+    pub block_connections: usize,
 }
 
 impl Default for ClientConfig {
@@ -52,6 +87,10 @@ impl Default for ClientConfig {
             deadline: Duration::from_secs(10),
             connect_timeout: Duration::from_secs(2),
             retry: RetryBudget::default(),
+            way: WayWish::default(),
+            lost: Lost::default(),
+            patience: PATIENCE,
+            block_connections: 16,
         }
     }
 }
@@ -74,22 +113,23 @@ impl ClientConfig {
         Self { endpoint: endpoint.into(), ..Self::default() }
     }
 
-    /// The endpoint with its scheme.
-    pub(crate) fn uri(&self) -> Result<String> {
-        match self.endpoint.split_once("://") {
-            None if self.endpoint.is_empty() => Err(Error::config("the endpoint is empty")),
-            None => Ok(format!("http://{}", self.endpoint)),
-            Some(("http" | "https", _)) => Ok(self.endpoint.clone()),
-            Some((scheme, _)) => {
-                Err(Error::config("an endpoint is http://host:port, https://host:port or host:port")
-                    .with("scheme", scheme))
-            }
-        }
+    /// Where the endpoint leads.
+    pub(crate) fn target(&self) -> Result<Target> {
+        Target::parse(&self.endpoint)
+    }
+
+    /// How long a registration may be silent: the server enters every page into its page table, and says so by heartbeats.
+    pub(crate) fn registration_patience(&self) -> Duration {
+        self.patience.max(Duration::from_millis(500))
     }
 
     pub(crate) fn validate(&self) -> Result<()> {
         if self.connections == 0 || self.connections > CONNECTIONS_MAX {
             return Err(Error::config("a client has 1 to 64 connections").with("connections", self.connections));
+        }
+        if self.block_connections == 0 || self.block_connections > CONNECTIONS_MAX || self.patience.is_zero() {
+            return Err(Error::config("a client has 1 to 64 block connections, and some patience")
+                .with("block_connections", self.block_connections));
         }
         if self.deadline.is_zero() || self.connect_timeout.is_zero() {
             return Err(Error::config("deadline and connect_timeout are more than 0"));
@@ -123,10 +163,14 @@ mod tests {
 
     #[test]
     fn an_endpoint_without_a_scheme_is_http() {
-        assert_eq!(ClientConfig::to("host:7070").uri().unwrap(), "http://host:7070");
-        assert_eq!(ClientConfig::to("https://host:7070").uri().unwrap(), "https://host:7070");
-        assert!(ClientConfig::to("unix:///socket").uri().is_err());
-        assert!(ClientConfig::to("").uri().is_err());
+        for (endpoint, uri) in [("host:7070", "http://host:7070"), ("https://host:7070", "https://host:7070")] {
+            let target = ClientConfig::to(endpoint).target().unwrap();
+            assert!(matches!(&target, Target::Tcp(said) if said == uri), "{endpoint}: {target:?}");
+        }
+        assert!(matches!(ClientConfig::to("unix:///socket").target().unwrap(), Target::Unix(_)));
+        assert!(matches!(ClientConfig::to("local:/folder").target().unwrap(), Target::Local(_)));
+        assert!(ClientConfig::to("ftp://host").target().is_err());
+        assert!(ClientConfig::to("").target().is_err());
     }
 
     #[test]

@@ -15,6 +15,8 @@ use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
 
 use crate::config::ClientConfig;
+use crate::embedded;
+use crate::endpoint::{self, Target};
 use crate::error::{Error, ErrorKind, Result};
 
 /// HTTP/2 flow-control window of one stream, bytes. With the default of 64 KiB a call waits for the network every 64 KiB.
@@ -29,6 +31,9 @@ const MESSAGE_BYTES_MAX: usize = 32 << 20;
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// And counts as broken when it has not answered after so long.
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Times that a private server is looked for before the first hello is given up.
+const INTRODUCTIONS_MAX: u32 = 3;
 
 /// What generated clients stand on: a channel that adds the token.
 pub(crate) type Wire = InterceptedService<Channel, Bearer>;
@@ -73,6 +78,21 @@ pub struct Hello {
     pub node: String,
     /// Bounds of the server.
     pub limits: Limits,
+    /// Where else it is reached.
+    pub ways: Ways,
+}
+
+/// Where else a server is reached, and what this connection may do.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ways {
+    /// TCP port of the block protocol; 0: none.
+    pub block_port: u16,
+    /// Path of its Unix socket, on its own host; empty: none.
+    pub unix_socket: String,
+    /// Whether this connection may map the arena.
+    pub may_map: bool,
+    /// Whether regions may be registered on this connection.
+    pub may_register: bool,
 }
 
 /// Bounds of a server. A request over one fails with `too_large`; the client splits gets, puts and matches by them.
@@ -100,11 +120,17 @@ pub struct Limits {
     pub deadline_max: Duration,
     /// A reservation not committed by then is abandoned.
     pub reservation: Duration,
+    /// Runs of memory that one call may name.
+    pub runs_max: u32,
+    /// Memory that one instance may register, bytes.
+    pub region_bytes_max: u64,
+    /// Slots held for the mapped reads of one instance, bytes.
+    pub mapped_bytes_max: u64,
 }
 
 impl Hello {
     /// Reads an answer; limits that were left out get small values that any server keeps.
-    fn from_proto(reply: v1::HelloReply) -> Result<Self> {
+    pub(crate) fn from_proto(reply: v1::HelloReply) -> Result<Self> {
         if reply.major != PROTOCOL_MAJOR {
             return Err(Error::new(ErrorKind::Version, "the server speaks another major version of the wire")
                 .with("ours", PROTOCOL_MAJOR)
@@ -137,8 +163,50 @@ impl Hello {
                 lease_life_max: ms(l.lease_life_ms_max, 1000),
                 deadline_max: ms(l.deadline_ms_max, 60_000),
                 reservation: ms(l.reservation_ms, 1000),
+                runs_max: or(l.runs_max, 1024),
+                region_bytes_max: l.region_bytes_max,
+                mapped_bytes_max: l.mapped_bytes_max,
+            },
+            ways: Ways {
+                block_port: u16::try_from(reply.block_port).unwrap_or(0),
+                unix_socket: reply.unix_socket,
+                may_map: reply.may_map,
+                may_register: reply.may_register,
             },
         })
+    }
+
+    /// Of a server that has not been heard of: limits that any server keeps.
+    pub(crate) fn unknown() -> Self {
+        Self::from_proto(v1::HelloReply { major: PROTOCOL_MAJOR, ..Default::default() })
+            .expect("an empty answer of our own version is understood")
+    }
+}
+
+/// What this client says first.
+pub(crate) fn hello_request(config: &ClientConfig) -> v1::HelloRequest {
+    v1::HelloRequest {
+        major: PROTOCOL_MAJOR,
+        minor: PROTOCOL_MINOR,
+        instance_id: bytes::Bytes::copy_from_slice(&config.instance.0),
+        token: config.token.clone().unwrap_or_default(),
+        features: Vec::new(),
+        client: config.name.clone(),
+    }
+}
+
+/// The PEM of the certificate authorities that https is checked against.
+pub(crate) fn authorities(config: &ClientConfig) -> Result<String> {
+    match (&config.ca_pem, &config.ca_file) {
+        (Some(pem), _) => Ok(pem.clone()),
+        (None, Some(path)) => std::fs::read_to_string(path).map_err(|e| {
+            Error::config("the file of certificate authorities cannot be read")
+                .with("file", path.display())
+                .caused_by(e)
+        }),
+        (None, None) => {
+            Err(Error::config("https needs the server's certificate authority: set KVKEEP_CA to its PEM file"))
+        }
     }
 }
 
@@ -152,42 +220,35 @@ pub(crate) struct Connection {
 
 impl Connection {
     /// Sets up a channel; dials at its first call.
-    pub(crate) fn lazy(config: &ClientConfig) -> Result<Self> {
-        let uri = config.uri()?;
+    pub(crate) fn lazy(config: &ClientConfig, target: &Target) -> Result<Self> {
+        let uri = match target {
+            Target::Tcp(uri) => uri.as_str(),
+            Target::Unix(_) | Target::Local(_) => endpoint::NO_HOST,
+        };
         let bad = |e: tonic::transport::Error| {
             Error::config("the endpoint is not an address").with("endpoint", &config.endpoint).caused_by(e)
         };
-        let mut endpoint = Endpoint::from_shared(uri.clone()).map_err(bad)?;
+        let mut endpoint = Endpoint::from_shared(uri.to_owned()).map_err(bad)?;
         if uri.starts_with("https://") {
-            let pem = match (&config.ca_pem, &config.ca_file) {
-                (Some(pem), _) => pem.clone(),
-                (None, Some(path)) => std::fs::read_to_string(path).map_err(|e| {
-                    Error::config("the file of certificate authorities cannot be read")
-                        .with("file", path.display())
-                        .caused_by(e)
-                })?,
-                (None, None) => {
-                    return Err(Error::config(
-                        "https needs the server's certificate authority: set KVKEEP_CA to its PEM file",
-                    ));
-                }
-            };
+            let pem = authorities(config)?;
             endpoint = endpoint
                 .tls_config(ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem)))
                 .map_err(|e| Error::config("the certificate authority is not usable PEM").caused_by(e))?;
         }
-        let channel = endpoint
+        let endpoint = endpoint
             .user_agent(config.name.clone())
             .map_err(|e| Error::config("the client's name is not a header value").caused_by(e))?
-            .connect_timeout(config.connect_timeout)
             .tcp_nodelay(true)
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .max_frame_size(FRAME_BYTES_MAX)
             .http2_keep_alive_interval(KEEP_ALIVE)
             .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
-            .keep_alive_while_idle(true)
-            .connect_lazy();
+            .keep_alive_while_idle(true);
+        let channel = match target {
+            Target::Tcp(_) => endpoint.connect_timeout(config.connect_timeout).connect_lazy(),
+            Target::Unix(_) | Target::Local(_) => endpoint::channel(&endpoint, target.clone(), config.connect_timeout),
+        };
         let bearer = match &config.token {
             None => None,
             Some(token) => {
@@ -203,6 +264,26 @@ impl Connection {
             greeted: AtomicU64::new(0),
             gate: tokio::sync::Mutex::new(0),
         })
+    }
+
+    /// The first hello. A private server is started before it, and once more where it ended, having been idle for so long,
+    /// just when it was found.
+    pub(crate) async fn introduce(
+        &self,
+        config: &ClientConfig,
+        target: &Target,
+        within: Duration,
+    ) -> Result<(u64, Option<Arc<Hello>>)> {
+        let Target::Local(local) = target else { return self.greet(config, within).await };
+        let mut tries = 0;
+        loop {
+            embedded::ensure(local).await?;
+            tries += 1;
+            match self.greet(config, within).await {
+                Err(e) if e.kind() == ErrorKind::Unreachable && tries < INTRODUCTIONS_MAX => {}
+                result => return result,
+            }
+        }
     }
 
     pub(crate) fn wire(&self) -> Wire {
@@ -221,14 +302,7 @@ impl Connection {
             if held != 0 {
                 return Ok((held, None)); // another call said it while this one waited
             }
-            let mut request = tonic::Request::new(v1::HelloRequest {
-                major: PROTOCOL_MAJOR,
-                minor: PROTOCOL_MINOR,
-                instance_id: bytes::Bytes::copy_from_slice(&config.instance.0),
-                token: config.token.clone().unwrap_or_default(),
-                features: Vec::new(),
-                client: config.name.clone(),
-            });
+            let mut request = tonic::Request::new(hello_request(config));
             request.set_timeout(within);
             let reply = blocks(self.wire()).hello(request).await.map_err(|s| Error::from_status("hello", s))?;
             let hello = Arc::new(Hello::from_proto(reply.into_inner())?);
@@ -241,6 +315,11 @@ impl Connection {
             .await
             .unwrap_or_else(|_| Err(Error::late("hello")))
             .map_err(Error::not_run)
+    }
+
+    /// The next call says hello again, whatever holds now: the server may be another one.
+    pub(crate) fn doubt(&self) {
+        self.greeted.store(0, Ordering::Release);
     }
 
     /// The server says that hello number `held` does not hold (it restarted, or the connection was made anew).

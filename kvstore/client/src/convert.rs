@@ -376,6 +376,14 @@ pub fn error_to_proto(error: &Error) -> v1::ErrorDetail {
     }
 }
 
+/// The kind of error of a call whose deadline passed; it belongs to the wire, not to the store.
+pub const LATE: &str = "late";
+
+/// The answer to a call whose deadline passed; what was asked may still be done.
+pub fn late(why: &str) -> v1::ErrorDetail {
+    v1::ErrorDetail { kind: LATE.to_owned(), message: why.to_owned(), ..Default::default() }
+}
+
 /// The answer to a call on a connection that has not said hello.
 pub fn hello_required() -> v1::ErrorDetail {
     v1::ErrorDetail {

@@ -97,6 +97,31 @@ impl Error {
         self
     }
 
+    /// The server may have done what was asked.
+    #[must_use]
+    pub(crate) fn may_be_done(mut self) -> Self {
+        self.may_have_run = true;
+        self
+    }
+
+    /// Trying again at once cannot help.
+    #[must_use]
+    pub(crate) fn final_word(mut self) -> Self {
+        self.retryable = false;
+        self
+    }
+
+    /// Whether nothing came for too long, as opposed to a connection that broke.
+    pub(crate) fn is_silence(&self) -> bool {
+        let source = self.source.as_deref().and_then(|e| e.downcast_ref::<std::io::Error>());
+        source.is_some_and(|e| e.kind() == std::io::ErrorKind::TimedOut)
+    }
+
+    /// Whether the server was lost, or never there: an engine goes on as if it had no store.
+    pub fn is_loss(&self) -> bool {
+        matches!(self.kind, ErrorKind::Unreachable | ErrorKind::Late | ErrorKind::HelloRequired | ErrorKind::Protocol)
+    }
+
     /// The server certainly did not do what was asked.
     #[must_use]
     pub(crate) fn not_run(mut self) -> Self {
@@ -109,6 +134,7 @@ impl Error {
         let kind = match convert::error_kind_from_word(&detail.kind) {
             Some(kind) => ErrorKind::Refused(kind),
             None if detail.kind == convert::HELLO_REQUIRED => ErrorKind::HelloRequired,
+            None if detail.kind == convert::LATE => ErrorKind::Late,
             // A newer server's word: the flags below still say what to do.
             None => ErrorKind::Protocol,
         };
@@ -119,7 +145,7 @@ impl Error {
             message: Cow::Owned(detail.message),
             retryable: detail.retryable,
             retry_after: convert::millis_from_proto(detail.retry_after_ms),
-            may_have_run: false,
+            may_have_run: kind == ErrorKind::Late,
             context,
             source: None,
         }
@@ -129,6 +155,9 @@ impl Error {
     pub(crate) fn from_status(verb: &'static str, status: tonic::Status) -> Self {
         if let Some(detail) = convert::detail_from_status(&status) {
             return Self::from_detail(detail).with("verb", verb);
+        }
+        if let Some(error) = causes::<Self>(&status).next() {
+            return error.clone().with("verb", verb); // our own end could not connect, and says why
         }
         // No detail: not one of our answers, but something on the way (tonic, a proxy, the connection).
         let mut error = match status.code() {
@@ -185,26 +214,19 @@ impl Error {
     }
 }
 
-/// Whether an error of this type, for which `is` holds, stands behind the status.
-fn caused<E: std::error::Error + 'static>(status: &tonic::Status, is: impl Fn(&E) -> bool) -> bool {
-    let mut next: Option<&(dyn std::error::Error + 'static)> = std::error::Error::source(status);
-    while let Some(error) = next {
-        if error.downcast_ref::<E>().is_some_and(&is) {
-            return true;
-        }
-        next = error.source();
-    }
-    false
+/// The errors of this type that stand behind the status.
+fn causes<E: std::error::Error + 'static>(status: &tonic::Status) -> impl Iterator<Item = &E> {
+    std::iter::successors(std::error::Error::source(status), |error| error.source()).filter_map(|e| e.downcast_ref())
 }
 
 /// Whether the call failed before a byte of it was sent: the connection could not be made.
 fn never_left(status: &tonic::Status) -> bool {
-    caused::<std::io::Error>(status, |e| e.kind() == std::io::ErrorKind::ConnectionRefused)
+    causes::<std::io::Error>(status).any(|e| e.kind() == std::io::ErrorKind::ConnectionRefused)
 }
 
 /// Whether our own end of the connection gave up on the answer (tonic then says `Cancelled`).
 fn timed_out(status: &tonic::Status) -> bool {
-    caused::<tonic::TimeoutExpired>(status, |_| true)
+    causes::<tonic::TimeoutExpired>(status).next().is_some()
 }
 
 impl fmt::Display for Error {

@@ -2,17 +2,20 @@
 
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use kvkeep_core::ids::{GroupId, LeaseId, ShardId, Version};
 use kvkeep_core::{Fidelity, MissReason, PartStatus, Tier};
 use kvkeep_proto::v1;
+use kvkeep_proto::v1::envelope::Message;
 
-use crate::assembly::{Assembly, Bounds, Landing, Lent, Owned};
+use crate::assembly::{Admitted, Assembly, Bounds, Landing, Lent, Owned, Room};
+use crate::block::conn::Conn;
 use crate::call::Call;
 use crate::client::{Safety, Tries, count};
 use crate::connection::blocks;
 use crate::convert;
 use crate::error::{Error, ErrorKind, Result};
+use crate::hot::{Asked, Line};
 use crate::namespace::Namespace;
 
 /// Data that we ask for in one chunk, bytes: one HTTP/2 frame; parts up to this size arrive without being copied together.
@@ -46,7 +49,7 @@ impl GetItem {
         Self { key, group, shard, offset: 0, length: 0, version: None }
     }
 
-    fn to_proto(&self) -> v1::GetItem {
+    pub(crate) fn to_proto(&self) -> v1::GetItem {
         v1::GetItem {
             key: self.key.clone(),
             group: u32::from(self.group.0),
@@ -83,6 +86,30 @@ impl Header {
             fidelity: Fidelity::Exact,
             sums_ok: false,
         }
+    }
+
+    /// What an answer without data says of an item.
+    pub(crate) fn from_proto(reply: &v1::GetReply) -> Result<Self> {
+        // A status that this version does not know is no hit.
+        let status = convert::status_from_proto(reply.status).unwrap_or(PartStatus::Miss);
+        let version = convert::version_from_proto(reply.version);
+        if status == PartStatus::Hit && (version.is_none() || reply.part_bytes == 0) {
+            return Err(Error::protocol("a part without a version, or of no size"));
+        }
+        let fidelity = convert::fidelity_from_proto(reply.fidelity).unwrap_or(Fidelity::Near);
+        if status == PartStatus::Hit && fidelity != Fidelity::Exact {
+            return Ok(Self::miss(MissReason::Format));
+        }
+        Ok(Self {
+            status,
+            reason: convert::reason_opt_from_proto(reply.reason),
+            retry_after: convert::millis_from_proto(reply.retry_after_ms),
+            part_bytes: reply.part_bytes,
+            version: version.filter(|_| status == PartStatus::Hit),
+            tier: convert::tier_opt_from_proto(reply.tier),
+            fidelity,
+            sums_ok: false,
+        })
     }
 }
 
@@ -151,20 +178,52 @@ pub struct GotInto {
     pub tier: Option<Tier>,
     /// As in [`GotPart`].
     pub sums_ok: bool,
+    /// The call was given up while the server was copying: what the place holds may still change, see [`crate::region`].
+    /// Never for a hit, and never for a buffer.
+    pub in_doubt: bool,
 }
 
 impl GotInto {
+    pub(crate) fn new(h: Header, item: &GetItem) -> Self {
+        Self {
+            status: h.status,
+            reason: h.reason,
+            retry_after: h.retry_after,
+            len: match h.status {
+                PartStatus::Hit if item.length == 0 => h.part_bytes.saturating_sub(item.offset) as usize,
+                PartStatus::Hit => item.length as usize,
+                _ => 0,
+            },
+            part_bytes: h.part_bytes,
+            version: h.version,
+            tier: h.tier,
+            sums_ok: h.sums_ok,
+            in_doubt: false,
+        }
+    }
+
     /// Whether the buffer begins with what was put.
     pub fn is_hit(&self) -> bool {
         self.status == PartStatus::Hit
     }
 }
 
+const VERB: &str = "get";
+
+/// What one get asks.
+struct Batch<'a> {
+    items: &'a [GetItem],
+    bounds: Bounds,
+    lease: Option<LeaseId>,
+    call: &'a Call,
+}
+
 impl Namespace {
     /// Reads parts. Answers one per item, in order; parts that are not here, late, or that failed a check are values and
     /// not errors. At the deadline what arrived is the answer, and the rest is `miss` with reason `late`; when the server
-    /// is lost in the middle and does not come back, the rest is `miss` with reason `io`. An error means that nothing
-    /// arrived at all, or that the call itself is wrong.
+    /// is lost in the middle and does not come back, the rest is `miss` with reason `io`; where it was lost before anything
+    /// came, all is `miss` with reason `unreachable`, unless [`crate::config::Lost::Errors`] is configured. An error means
+    /// that the call itself is wrong.
     pub async fn get(&self, items: &[GetItem], lease: Option<LeaseId>, call: &Call) -> Result<Vec<GotPart>> {
         let mut landing = Owned::new(items.len());
         let headers = self.fetch(items, lease, call, &mut landing).await?;
@@ -197,27 +256,10 @@ impl Namespace {
             .into());
         }
         let headers = self.fetch(items, lease, call, &mut Lent(buffers)).await?;
-        Ok(headers
-            .into_iter()
-            .zip(items)
-            .map(|(h, item)| GotInto {
-                status: h.status,
-                reason: h.reason,
-                retry_after: h.retry_after,
-                len: match h.status {
-                    PartStatus::Hit if item.length == 0 => (h.part_bytes - item.offset) as usize,
-                    PartStatus::Hit => item.length as usize,
-                    _ => 0,
-                },
-                part_bytes: h.part_bytes,
-                version: h.version,
-                tier: h.tier,
-                sums_ok: h.sums_ok,
-            })
-            .collect())
+        Ok(headers.into_iter().zip(items).map(|(h, item)| GotInto::new(h, item)).collect())
     }
 
-    async fn fetch(
+    pub(crate) async fn fetch(
         &self,
         items: &[GetItem],
         lease: Option<LeaseId>,
@@ -232,7 +274,8 @@ impl Namespace {
         let mut assembly = Assembly::new(items, bounds);
         let mut rest_is = MissReason::Io;
         while !assembly.is_complete() {
-            match self.fetch_batch(&tries, &mut assembly, items, bounds, lease, call, landing).await {
+            let batch = Batch { items, bounds, lease, call };
+            match self.fetch_batch(&tries, &mut assembly, &batch, landing).await {
                 Ok(()) => {}
                 Err(e) => {
                     assembly.interrupt(landing);
@@ -247,7 +290,7 @@ impl Namespace {
                             ErrorKind::Late => rest_is = MissReason::Late,
                             // The call itself is wrong (a range outside of its part, a stale handle): no miss.
                             ErrorKind::Refused(_) if !e.is_retryable() => return Err(e),
-                            _ if assembly.settled() == 0 => return Err(e),
+                            _ if assembly.settled() == 0 => rest_is = shared.miss(e)?,
                             _ => {}
                         }
                         break;
@@ -262,31 +305,130 @@ impl Namespace {
         Ok(headers)
     }
 
-    /// Asks for the next items, as many as one call may name, and takes what comes until the stream ends.
-    #[expect(clippy::too_many_arguments, reason = "one step of `fetch`, cut off it only to be read on its own")]
+    /// Asks for the next items, as many as one call may name, and takes what comes until the answer ends.
     async fn fetch_batch(
         &self,
         tries: &Tries<'_>,
         assembly: &mut Assembly<'_>,
-        items: &[GetItem],
-        bounds: Bounds,
-        lease: Option<LeaseId>,
-        call: &Call,
+        batch: &Batch<'_>,
         landing: &mut impl Landing,
     ) -> Result<()> {
-        const VERB: &str = "get";
+        let shared = &self.client.shared;
+        match shared.hot_line().await? {
+            Line::Grpc => self.fetch_grpc(tries, assembly, batch, landing).await,
+            Line::Block(mut lent) => {
+                let used = lent.conn().used;
+                let left = tries.left(VERB)?;
+                let fetching = self.fetch_block(lent.conn(), left, assembly, batch, landing);
+                let answer = tokio::time::timeout(left, fetching).await.unwrap_or_else(|_| Err(Error::late(VERB)));
+                match shared.block_answered(lent, used, answer) {
+                    Ok(()) => Ok(()),
+                    Err(Asked::Failed(e)) => Err(e),
+                    // The loop around this asks again, on another connection.
+                    Err(Asked::Stale) => {
+                        assembly.interrupt(landing);
+                        Ok(())
+                    }
+                }
+            }
+        }
+    }
+
+    fn get_request(&self, assembly: &Assembly<'_>, batch: &Batch<'_>, left: Duration) -> v1::GetRequest {
         let first = assembly.settled();
-        let batch = &items[first..items.len().min(first + self.batch())];
+        let items = &batch.items[first..batch.items.len().min(first + self.batch())];
+        v1::GetRequest {
+            ctx: Some(batch.call.to_proto(left)),
+            handle: self.wire_handle(),
+            items: items.iter().map(GetItem::to_proto).collect(),
+            lease_id: convert::lease_to_proto(batch.lease),
+            fidelity: v1::Fidelity::Exact as i32,
+            chunk_bytes: batch.bounds.chunk_bytes as u32,
+        }
+    }
+
+    /// On a block connection: payload goes from the socket to where it belongs.
+    async fn fetch_block(
+        &self,
+        conn: &mut Conn,
+        left: Duration,
+        assembly: &mut Assembly<'_>,
+        batch: &Batch<'_>,
+        landing: &mut impl Landing,
+    ) -> Result<()> {
+        let patience = self.client.shared.config.patience;
+        let first = assembly.settled();
+        let request = self.get_request(assembly, batch, left);
+        let asked = request.items.len();
+        let call = conn.next_call();
+        let frame = v1::Envelope { call, end: true, message: Some(Message::Get(request)), error: None };
+        conn.send(VERB, frame, &[], None, patience).await?;
+        loop {
+            let (envelope, payload) = conn.next(VERB, call, patience).await?;
+            if let Some(detail) = envelope.error {
+                return Err(Error::from_detail(detail).with("verb", VERB));
+            }
+            let Some(Message::GetReply(reply)) = envelope.message else {
+                return Err(Error::protocol("a get was answered with something else"));
+            };
+            match assembly.admit(first, &reply, payload, landing).map_err(|v| Error::protocol(v.0))? {
+                Admitted::Settled => {}
+                Admitted::Unwanted => {
+                    conn.frames().skip(payload).await.map_err(|e| Conn::lost(VERB, e))?;
+                    assembly.pass(payload, landing);
+                }
+                Admitted::Wanted { item, at, total } => {
+                    let frames = conn.frames();
+                    let right = match landing.room(item, at, total, payload) {
+                        Some(Room::Slice(to)) => {
+                            frames.payload(to).await.map_err(|e| Conn::lost(VERB, e))?;
+                            assembly.compare(to)
+                        }
+                        Some(Room::Tail(to)) => {
+                            let start = to.len();
+                            frames.payload_tail(to, payload).await.map_err(|e| Conn::lost(VERB, e))?;
+                            assembly.compare(&to[start..])
+                        }
+                        None => {
+                            let mut bytes = BytesMut::new();
+                            frames.payload_tail(&mut bytes, payload).await.map_err(|e| Conn::lost(VERB, e))?;
+                            let right = assembly.compare(&bytes);
+                            if right {
+                                landing.land(item, at, total, bytes.freeze());
+                            }
+                            right
+                        }
+                    };
+                    if !right {
+                        landing.forget(item);
+                    }
+                    assembly.pass(0, landing);
+                }
+            }
+            if envelope.end {
+                let all = assembly.settled() == first + asked;
+                return if all {
+                    Ok(())
+                } else {
+                    Err(Error::protocol("the answer ended before every item was answered"))
+                };
+            }
+        }
+    }
+
+    async fn fetch_grpc(
+        &self,
+        tries: &Tries<'_>,
+        assembly: &mut Assembly<'_>,
+        batch: &Batch<'_>,
+        landing: &mut impl Landing,
+    ) -> Result<()> {
+        let first = assembly.settled();
         let line = self.client.shared.line(tries.left(VERB)?).await?;
         let left = tries.left(VERB)?;
-        let mut request = tonic::Request::new(v1::GetRequest {
-            ctx: Some(call.to_proto(left)),
-            handle: self.wire_handle(),
-            items: batch.iter().map(GetItem::to_proto).collect(),
-            lease_id: convert::lease_to_proto(lease),
-            fidelity: v1::Fidelity::Exact as i32,
-            chunk_bytes: bounds.chunk_bytes as u32,
-        });
+        let request = self.get_request(assembly, batch, left);
+        let asked = request.items.len();
+        let mut request = tonic::Request::new(request);
         request.set_timeout(left);
         let deadline = tokio::time::Instant::from_std(tries.deadline);
         let stopped = |s: tonic::Status| -> Error {
@@ -299,7 +441,7 @@ impl Namespace {
             .map_err(|_| Error::late(VERB))?
             .map_err(stopped)?
             .into_inner();
-        while assembly.settled() < first + batch.len() {
+        while assembly.settled() < first + asked {
             let next = tokio::time::timeout_at(deadline, replies.message()).await.map_err(|_| Error::late(VERB))?;
             match next.map_err(stopped)? {
                 Some(reply) => assembly.feed(first, reply, landing).map_err(|v| Error::protocol(v.0))?,

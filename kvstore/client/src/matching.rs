@@ -8,7 +8,6 @@ use kvkeep_core::{MissReason, PartStatus, RequestId, Tier};
 use kvkeep_proto::v1;
 
 use crate::call::Call;
-use crate::client::Safety;
 use crate::connection::blocks;
 use crate::convert;
 use crate::error::{Error, Result};
@@ -86,7 +85,21 @@ impl Match {
         }
     }
 
-    fn from_proto(result: v1::MatchResult, query: &MatchQuery) -> Result<Self> {
+    /// What a lost server answers.
+    pub(crate) fn missed(query: &MatchQuery, reason: MissReason) -> Self {
+        let keys = if query.statuses { query.keys.len() } else { 0 };
+        Self {
+            boundary_positions: 0,
+            boundary_tokens: 0,
+            lease: None,
+            statuses: vec![PartStatus::Miss; keys],
+            tiers: vec![None; keys],
+            estimate: v1::LoadEstimate::default(),
+            reason: Some(reason),
+        }
+    }
+
+    pub(crate) fn from_proto(result: v1::MatchResult, query: &MatchQuery) -> Result<Self> {
         if let Some(detail) = result.error {
             return Err(Error::from_detail(detail));
         }
@@ -108,7 +121,7 @@ impl Match {
 }
 
 impl Namespace {
-    /// Looks one chain up.
+    /// Looks one chain up. A lost server is a boundary of 0, unless [`crate::config::Lost::Errors`] is configured.
     pub async fn match_chain(&self, query: &MatchQuery, call: &Call) -> Result<Match> {
         let mut results = self.match_many(std::slice::from_ref(query), call).await?;
         results.pop().unwrap_or_else(|| Err(Error::protocol("a match has no answer")))
@@ -118,20 +131,26 @@ impl Namespace {
     pub async fn match_many(&self, queries: &[MatchQuery], call: &Call) -> Result<Vec<Result<Match>>> {
         let mut results = Vec::with_capacity(queries.len());
         for queries in self.split(queries) {
-            let reply = self
-                .client
-                .shared
-                .unary(
+            let shared = &self.client.shared;
+            let reply = shared
+                .hot(
                     "match",
                     call,
-                    Safety::Repeatable,
                     |ctx| v1::MatchRequest {
                         ctx: Some(ctx),
                         queries: queries.iter().map(|q| self.query_to_proto(q, call)).collect(),
                     },
                     |wire, r| async move { blocks(wire).r#match(r).await },
                 )
-                .await?;
+                .await;
+            let reply = match reply {
+                Ok(reply) => reply,
+                Err(e) => {
+                    let reason = shared.miss(e)?;
+                    results.extend(queries.iter().map(|q| Ok(Match::missed(q, reason))));
+                    continue;
+                }
+            };
             if reply.results.len() != queries.len() {
                 return Err(Error::protocol("a match has another number of answers than queries")
                     .with("queries", queries.len())
@@ -142,7 +161,7 @@ impl Namespace {
         Ok(results)
     }
 
-    fn query_to_proto(&self, query: &MatchQuery, call: &Call) -> v1::MatchQuery {
+    pub(crate) fn query_to_proto(&self, query: &MatchQuery, call: &Call) -> v1::MatchQuery {
         let request_id = if query.request_id.as_bytes().is_empty() { &call.request_id } else { &query.request_id };
         v1::MatchQuery {
             request_id: Bytes::copy_from_slice(request_id.as_bytes()),
@@ -152,6 +171,7 @@ impl Namespace {
             promote: query.promote,
             want_statuses: query.statuses,
             fidelity: v1::Fidelity::Exact as i32,
+            map: false,
         }
     }
 

@@ -113,10 +113,9 @@ impl Namespace {
         let reply = self
             .client
             .shared
-            .unary(
+            .hot(
                 "lease",
                 call,
-                Safety::Repeatable,
                 |ctx| v1::LeaseRequest {
                     ctx: Some(ctx),
                     lease_id,
@@ -126,7 +125,14 @@ impl Namespace {
                 },
                 |wire, r| async move { blocks(wire).lease(r).await },
             )
-            .await?;
+            .await;
+        let reply = match reply {
+            Ok(reply) => reply,
+            Err(e) => {
+                self.client.shared.miss(e)?;
+                return Ok((None, vec![PartStatus::Miss; keys.len()]));
+            }
+        };
         Ok((reply.lease.and_then(Lease::from_proto), convert::statuses_from_proto(&reply.statuses)))
     }
 
@@ -142,15 +148,17 @@ impl Namespace {
             let reply = self
                 .client
                 .shared
-                .unary(
+                .hot(
                     "touch",
                     call,
-                    Safety::Repeatable,
                     |ctx| v1::TouchRequest { ctx: Some(ctx), handle: self.wire_handle(), keys: keys.to_vec() },
                     |wire, r| async move { blocks(wire).touch(r).await },
                 )
-                .await?;
-            touched += reply.touched;
+                .await;
+            match reply {
+                Ok(reply) => touched += reply.touched,
+                Err(e) => drop(self.client.shared.miss(e)?),
+            }
         }
         Ok(touched)
     }

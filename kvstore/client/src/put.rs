@@ -11,28 +11,50 @@ use bytes::Bytes;
 use kvkeep_core::ids::{GroupId, ShardId, Version};
 use kvkeep_core::{Class, ErrorKind as CoreKind, Tier};
 use kvkeep_proto::v1;
+use kvkeep_proto::v1::envelope::Message;
 use kvkeep_proto::v1::part_answer::Answer;
 
 use self::chunks::{CHUNK_BYTES, Chunks, PartSums};
+use crate::block::pool::Lent;
 use crate::call::Call;
 use crate::client::{Safety, Tries};
 use crate::connection::blocks;
 use crate::convert::{self, Retention};
 use crate::error::{Error, ErrorKind, Result};
+use crate::hot::{Asked, Line};
 use crate::namespace::Namespace;
+use crate::region::Place;
 
 /// Time that giving reservations back may take after a put failed; the server frees them by itself in the end.
 const RELEASE_TIME: Duration = Duration::from_millis(500);
 
+/// What the bytes of a part are: [`Bytes`], or a [`Place`] in a region.
+pub trait PutData {
+    /// How many there are.
+    fn byte_count(&self) -> u64;
+}
+
+impl PutData for Bytes {
+    fn byte_count(&self) -> u64 {
+        self.len() as u64
+    }
+}
+
+impl PutData for Place {
+    fn byte_count(&self) -> u64 {
+        self.len()
+    }
+}
+
 /// Positions to store.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Put {
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Put<D = Bytes> {
     /// Key of the position before the first one; `None`: the chain starts here.
     pub parent: Option<Bytes>,
     /// Index of the first position in its chain.
     pub first_position: u32,
     /// In chain order, unless `unordered`.
-    pub positions: Vec<PutPosition>,
+    pub positions: Vec<PutPosition<D>>,
     /// What the acknowledgement promises; `None`: cache.
     pub class: Option<Class>,
     /// What to do where a tier is full.
@@ -45,31 +67,79 @@ pub struct Put {
     pub priority: i32,
 }
 
+impl<D> Default for Put<D> {
+    fn default() -> Self {
+        Self {
+            parent: None,
+            first_position: 0,
+            positions: Vec::new(),
+            class: None,
+            retention: Retention::default(),
+            unordered: false,
+            ttl: None,
+            priority: 0,
+        }
+    }
+}
+
+impl Put<Place> {
+    /// The positions from `done` on with their bytes copied out of their regions.
+    pub(crate) fn copied_from(&self, done: usize) -> Put {
+        let part = |p: &PutPart<Place>| PutPart { group: p.group, shard: p.shard, data: p.data.copy_out() };
+        let position = |p: &PutPosition<Place>| PutPosition {
+            key: p.key.clone(),
+            parts: p.parts.iter().map(part).collect(),
+            token_ids: p.token_ids.clone(),
+        };
+        let parent = match done.checked_sub(1) {
+            None => self.parent.clone(),
+            Some(_) if self.unordered => None,
+            Some(last) => Some(self.positions[last].key.clone()),
+        };
+        Put {
+            parent,
+            first_position: self.first_position.saturating_add(done as u32),
+            positions: self.positions[done..].iter().map(position).collect(),
+            class: self.class,
+            retention: self.retention,
+            unordered: self.unordered,
+            ttl: self.ttl,
+            priority: self.priority,
+        }
+    }
+}
+
 /// One position and the parts of it that this caller has.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct PutPosition {
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PutPosition<D = Bytes> {
     /// Its key.
     pub key: Bytes,
     /// The parts.
-    pub parts: Vec<PutPart>,
+    pub parts: Vec<PutPart<D>>,
     /// Its tokens, told to watchers; may be empty.
     pub token_ids: Vec<u32>,
 }
 
 /// One part and its bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PutPart {
+pub struct PutPart<D = Bytes> {
     /// Which group of the format.
     pub group: GroupId,
     /// Which shard of the group.
     pub shard: ShardId,
     /// The bytes; not copied before they are framed.
-    pub data: Bytes,
+    pub data: D,
 }
 
-impl PutPosition {
+impl<D> Default for PutPosition<D> {
+    fn default() -> Self {
+        Self { key: Bytes::new(), parts: Vec::new(), token_ids: Vec::new() }
+    }
+}
+
+impl<D: PutData> PutPosition<D> {
     /// A position with one part: group 0, shard 0.
-    pub fn of(key: Bytes, data: Bytes) -> Self {
+    pub fn of(key: Bytes, data: D) -> Self {
         Self { key, parts: vec![PutPart { group: GroupId(0), shard: ShardId(0), data }], token_ids: Vec::new() }
     }
 
@@ -82,7 +152,7 @@ impl PutPosition {
                 .map(|p| v1::PutPart {
                     group: u32::from(p.group.0),
                     shard: u32::from(p.shard.0),
-                    length: p.data.len() as u64,
+                    length: p.data.byte_count(),
                 })
                 .collect(),
             token_ids: self.token_ids.clone(),
@@ -132,17 +202,18 @@ impl PartOutcome {
 }
 
 /// A part that has to be committed.
-struct Slot {
+struct Slot<D = Bytes> {
     /// Its place among the answers of this step.
     outcome: usize,
     reservation_id: u64,
     /// `None`: an upgrade, for which no bytes are sent.
-    data: Option<Bytes>,
+    data: Option<D>,
 }
 
 impl Namespace {
     /// Stores positions. Answers one outcome per part, in the order of positions and their parts. An error means that
-    /// nothing was stored by this call; where some was, the rest is [`PartOutcome::Refused`].
+    /// nothing was stored by this call; where some was, the rest is [`PartOutcome::Refused`]. So is all of it when the server
+    /// was lost, unless [`crate::config::Lost::Errors`] is configured.
     pub async fn put(&self, put: &Put, call: &Call) -> Result<Vec<PartOutcome>> {
         let parts = put.positions.iter().map(|p| p.parts.len()).sum();
         let mut outcomes = Vec::with_capacity(parts);
@@ -156,7 +227,11 @@ impl Namespace {
                     done += positions;
                     outcomes.extend(some);
                 }
-                Err(e) if done == 0 => return Err(e),
+                Err(e) if done == 0 => {
+                    self.client.shared.miss(e.clone())?;
+                    outcomes.resize(parts, PartOutcome::Refused(e));
+                    break;
+                }
                 Err(e) => {
                     outcomes.resize(parts, PartOutcome::Refused(e));
                     break;
@@ -206,30 +281,8 @@ impl Namespace {
     ) -> Result<(usize, Vec<PartOutcome>)> {
         let reply = self.reserve(put, &asked, tries, call).await?;
         leases.extend((reply.lease_id != 0).then_some(reply.lease_id));
-        let granted = reply.granted_positions as usize;
-        if granted == 0 {
-            return Err(Error::from_detail(convert::error_to_proto(
-                &kvkeep_core::Error::new(CoreKind::Throttled, "the server granted no position of the put")
-                    .with("positions", asked.len()),
-            )));
-        }
-        let positions = put.positions[asked]
-            .get(..granted)
-            .ok_or_else(|| Error::protocol("reserve grants more positions than were asked").with("granted", granted))?;
-        let parts: Vec<&PutPart> = positions.iter().flat_map(|p| &p.parts).collect();
-        if reply.answers.len() != parts.len() {
-            return Err(Error::protocol("reserve answers for another number of parts than it granted")
-                .with("parts", parts.len())
-                .with("answers", reply.answers.len()));
-        }
-        let mut outcomes = Vec::with_capacity(parts.len());
-        let mut slots = Vec::new();
-        for (part, answer) in parts.iter().zip(reply.answers) {
-            let (outcome, slot) = read_answer(outcomes.len(), part, answer)?;
-            reservations.extend(slot.as_ref().map(|s| s.reservation_id));
-            slots.extend(slot);
-            outcomes.push(outcome);
-        }
+        let (granted, mut outcomes, mut slots) = read_reserve(&put.positions[asked], reply)?;
+        reservations.extend(slots.iter().map(|s| s.reservation_id));
         if slots.is_empty() {
             return Ok((granted, outcomes));
         }
@@ -246,56 +299,79 @@ impl Namespace {
         tries: &Tries<'_>,
         call: &Call,
     ) -> Result<v1::ReserveReply> {
-        let parent = match asked.start {
-            0 => put.parent.clone(),
-            _ if put.unordered => None,
-            n => Some(put.positions[n - 1].key.clone()),
-        };
-        let positions: Vec<_> = put.positions[asked.clone()].iter().map(PutPosition::to_proto).collect();
         self.client
             .shared
-            .once(
+            .hot_once(
                 "reserve",
                 tries,
                 call,
-                |ctx| v1::ReserveRequest {
-                    ctx: Some(ctx),
-                    handle: self.wire_handle(),
-                    parent_key: parent.clone().unwrap_or_default(),
-                    first_position: put.first_position.saturating_add(asked.start as u32),
-                    positions: positions.clone(),
-                    unordered: put.unordered,
-                    class: convert::class_to_proto(put.class.unwrap_or(Class::Cache)),
-                    fidelity: v1::Fidelity::Exact as i32,
-                    retention: convert::retention_to_proto(put.retention),
-                    bytes_max: 0,
-                    ttl_ms: put.ttl.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX)),
-                    priority: put.priority,
-                },
+                |ctx| self.reserve_request(put, asked, ctx),
                 |wire, r| async move { blocks(wire).reserve(r).await },
             )
             .await
     }
 
+    /// What reserve is asked for some positions of a put.
+    pub(crate) fn reserve_request<D: PutData>(
+        &self,
+        put: &Put<D>,
+        asked: &Range<usize>,
+        ctx: v1::CallContext,
+    ) -> v1::ReserveRequest {
+        let parent = match asked.start {
+            0 => put.parent.clone(),
+            _ if put.unordered => None,
+            n => Some(put.positions[n - 1].key.clone()),
+        };
+        v1::ReserveRequest {
+            ctx: Some(ctx),
+            handle: self.wire_handle(),
+            parent_key: parent.unwrap_or_default(),
+            first_position: put.first_position.saturating_add(asked.start as u32),
+            positions: put.positions[asked.clone()].iter().map(PutPosition::to_proto).collect(),
+            unordered: put.unordered,
+            class: convert::class_to_proto(put.class.unwrap_or(Class::Cache)),
+            fidelity: v1::Fidelity::Exact as i32,
+            retention: convert::retention_to_proto(put.retention),
+            bytes_max: 0,
+            ttl_ms: put.ttl.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX)),
+            priority: put.priority,
+        }
+    }
+
+    /// Reads both halves of an answered [`Self::put_from`]: positions granted, and an outcome per part.
+    pub(crate) fn read_put_from(
+        &self,
+        put: &Put<Place>,
+        asked: &Range<usize>,
+        reserved: v1::ReserveReply,
+        results: Vec<v1::CommitResult>,
+    ) -> Result<(usize, Vec<PartOutcome>)> {
+        let (granted, mut outcomes, slots) = read_reserve(&put.positions[asked.clone()], reserved)?;
+        if results.len() != slots.len() || results.iter().zip(&slots).any(|(r, s)| r.reservation_id != s.reservation_id)
+        {
+            return Err(Error::protocol("put_from commits other reservations than it made"));
+        }
+        for (result, slot) in results.into_iter().zip(slots) {
+            outcomes[slot.outcome] = read_result(result)?;
+        }
+        Ok((granted, outcomes))
+    }
+
     /// Streams the bytes of every slot; those that the server refused leave `slots` and are told in `outcomes`. Answers
     /// the sums of each slot that has bytes, in the order they were sent.
     async fn write(&self, slots: &mut Vec<Slot>, outcomes: &mut [PartOutcome], tries: &Tries<'_>) -> Result<PartSums> {
-        const VERB: &str = "write";
         let sent: Vec<(u64, Bytes)> =
             slots.iter().filter_map(|s| s.data.clone().map(|data| (s.reservation_id, data))).collect();
         if sent.is_empty() {
             return Ok(Vec::new());
         }
-        let chunk_bytes = CHUNK_BYTES.min(self.client.hello().limits.chunk_bytes_max);
+        let shared = &self.client.shared;
+        let chunk_bytes = CHUNK_BYTES.min(shared.hello().limits.chunk_bytes_max);
         let (chunks, sums) = Chunks::new(sent, chunk_bytes);
-        let line = self.client.shared.line(tries.left(VERB)?).await?;
-        let left = tries.left(VERB)?;
-        let mut request = tonic::Request::new(tokio_stream::iter(chunks));
-        request.set_timeout(left);
-        let reply = match tokio::time::timeout(left, blocks(line.wire.clone()).write(request)).await {
-            Ok(Ok(reply)) => reply.into_inner(),
-            Ok(Err(status)) => return Err(line.judge(VERB, status)),
-            Err(_) => return Err(Error::late(VERB)),
+        let reply = match shared.hot_line().await? {
+            Line::Block(lent) => self.write_block(lent, chunks, tries).await?,
+            Line::Grpc => self.write_grpc(chunks, tries).await?,
         };
         let mut results: HashMap<u64, v1::WriteResult> =
             reply.results.into_iter().map(|r| (r.reservation_id, r)).collect();
@@ -320,6 +396,45 @@ impl Namespace {
         }
     }
 
+    async fn write_grpc(&self, chunks: Chunks, tries: &Tries<'_>) -> Result<v1::WriteReply> {
+        const VERB: &str = "write";
+        let line = self.client.shared.line(tries.left(VERB)?).await?;
+        let left = tries.left(VERB)?;
+        let mut request = tonic::Request::new(tokio_stream::iter(chunks));
+        request.set_timeout(left);
+        match tokio::time::timeout(left, blocks(line.wire.clone()).write(request)).await {
+            Ok(Ok(reply)) => Ok(reply.into_inner()),
+            Ok(Err(status)) => Err(line.judge(VERB, status)),
+            Err(_) => Err(Error::late(VERB)),
+        }
+    }
+
+    /// Bytes go from the caller's buffers to the socket; each is summed just before, while it is on its way there anyway.
+    async fn write_block(&self, mut lent: Lent<'_>, chunks: Chunks, tries: &Tries<'_>) -> Result<v1::WriteReply> {
+        const VERB: &str = "write";
+        let shared = &self.client.shared;
+        let patience = shared.config.patience;
+        let conn = lent.conn();
+        let call = conn.next_call();
+        let writing = async {
+            for mut chunk in chunks {
+                let data = std::mem::take(&mut chunk.data);
+                let frame = v1::Envelope { call, message: Some(Message::Write(chunk)), ..Default::default() };
+                conn.send(VERB, frame, &data, None, patience).await?;
+            }
+            let end = Message::Write(v1::WriteRequest::default());
+            conn.send(VERB, v1::Envelope { call, end: true, message: Some(end), error: None }, &[], None, patience)
+                .await?;
+            match conn.answer(VERB, call, patience).await? {
+                Message::WriteReply(reply) => Ok(reply),
+                _ => Err(Error::protocol("write was answered with something else")),
+            }
+        };
+        let answer = tokio::time::timeout(tries.left(VERB)?, writing).await.unwrap_or_else(|_| Err(Error::late(VERB)));
+        // Never another connection behind the caller's back: what was sent on this one may have landed.
+        shared.block_answered(lent, false, answer).map_err(Asked::into_error)
+    }
+
     async fn commit(
         &self,
         slots: &[Slot],
@@ -342,7 +457,7 @@ impl Namespace {
         let reply = self
             .client
             .shared
-            .once(
+            .hot_once(
                 "commit",
                 tries,
                 call,
@@ -362,10 +477,46 @@ impl Namespace {
     }
 }
 
+/// What reserve said of some positions: how many it granted, and per part of those an outcome, and a slot where it has to be
+/// committed.
+fn read_reserve<D: Clone>(
+    asked: &[PutPosition<D>],
+    reply: v1::ReserveReply,
+) -> Result<(usize, Vec<PartOutcome>, Vec<Slot<D>>)> {
+    let granted = reply.granted_positions as usize;
+    if granted == 0 {
+        return Err(Error::from_detail(convert::error_to_proto(
+            &kvkeep_core::Error::new(CoreKind::Throttled, "the server granted no position of the put")
+                .with("positions", asked.len()),
+        )));
+    }
+    let positions = asked
+        .get(..granted)
+        .ok_or_else(|| Error::protocol("reserve grants more positions than were asked").with("granted", granted))?;
+    let parts: Vec<&PutPart<D>> = positions.iter().flat_map(|p| &p.parts).collect();
+    if reply.answers.len() != parts.len() {
+        return Err(Error::protocol("reserve answers for another number of parts than it granted")
+            .with("parts", parts.len())
+            .with("answers", reply.answers.len()));
+    }
+    let mut outcomes = Vec::with_capacity(parts.len());
+    let mut slots = Vec::new();
+    for (part, answer) in parts.iter().zip(reply.answers) {
+        let (outcome, slot) = read_answer(outcomes.len(), part, answer)?;
+        slots.extend(slot);
+        outcomes.push(outcome);
+    }
+    Ok((granted, outcomes, slots))
+}
+
 /// What reserve said of a part: its outcome if that is settled, else a slot (the outcome is then replaced later).
-fn read_answer(outcome: usize, part: &PutPart, answer: v1::PartAnswer) -> Result<(PartOutcome, Option<Slot>)> {
+fn read_answer<D: Clone>(
+    outcome: usize,
+    part: &PutPart<D>,
+    answer: v1::PartAnswer,
+) -> Result<(PartOutcome, Option<Slot<D>>)> {
     let pending = || PartOutcome::Refused(Error::protocol("the part was never committed"));
-    let slot = |id: u64, data: Option<Bytes>| match id {
+    let slot = |id: u64, data: Option<D>| match id {
         0 => Err(Error::protocol("a slot without a reservation")),
         reservation_id => Ok(Some(Slot { outcome, reservation_id, data })),
     };

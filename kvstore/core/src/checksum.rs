@@ -44,9 +44,57 @@ impl ChunkSums {
     }
 }
 
+/// The sums of a block that arrives in pieces.
+#[derive(Clone, Debug, Default)]
+pub struct RunningSums {
+    whole: Vec<u32>,
+    open: crc32fast::Hasher,
+    /// Bytes in `open`.
+    open_bytes: usize,
+}
+
+impl RunningSums {
+    /// Takes the next bytes.
+    pub fn add(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let (head, tail) = bytes.split_at(bytes.len().min(SUM_CHUNK_BYTES - self.open_bytes));
+            self.open.update(head);
+            self.open_bytes += head.len();
+            bytes = tail;
+            if self.open_bytes == SUM_CHUNK_BYTES {
+                self.close();
+            }
+        }
+    }
+
+    fn close(&mut self) {
+        self.whole.push(std::mem::take(&mut self.open).finalize());
+        self.open_bytes = 0;
+    }
+
+    /// The sums of all bytes taken.
+    pub fn finish(mut self) -> ChunkSums {
+        if self.open_bytes > 0 {
+            self.close();
+        }
+        ChunkSums(self.whole.into())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn bytes_in_pieces_have_the_sums_of_the_whole() {
+        let bytes: Vec<u8> = (0..3 * SUM_CHUNK_BYTES + 77).map(|i| (i * 31 % 251) as u8).collect();
+        for piece in [1000, SUM_CHUNK_BYTES - 1, SUM_CHUNK_BYTES, 2 * SUM_CHUNK_BYTES + 1, bytes.len()] {
+            let mut sums = RunningSums::default();
+            bytes.chunks(piece).for_each(|some| sums.add(some));
+            assert_eq!(sums.finish(), ChunkSums::of(&bytes), "{piece}");
+        }
+        assert_eq!(RunningSums::default().finish(), ChunkSums::of(&[]));
+    }
 
     #[test]
     fn a_flipped_bit_is_found_in_its_chunk() {

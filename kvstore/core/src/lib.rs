@@ -4,12 +4,14 @@
 //! looks) -> [`words`] (tiers, classes, statuses, reasons) -> [`block`] (what is known of a stored block) -> [`checksum`]
 //! -> [`error`]. Then the decisions: [`catalogue`] (tenants, namespaces, revisions) -> [`directory`] (what is where, what
 //! matches, what goes next; `policy` orders it) -> [`lease`] (what stays readable) -> [`history`] (why something is absent)
-//! -> [`events`] (what watchers are told).
+//! -> [`events`] (what watchers are told), and [`call_word`] (whose memory it is while a call is under way). [`size`] reads
+//! and writes numbers of bytes.
 //!
 //! This crate does no I/O, starts no thread, reads no clock (time is passed in as [`ids::Instant`]) and knows neither
 //! RocksDB, tonic, tokio nor CUDA, directly or through anything else; `tests/tests/rooms.rs` asserts it.
 
 pub mod block;
+pub mod call_word;
 pub mod catalogue;
 pub mod checksum;
 pub mod directory;
@@ -20,6 +22,7 @@ pub mod history;
 pub mod ids;
 pub mod lease;
 mod policy;
+pub mod size;
 pub mod words;
 
 pub use block::{BlockMeta, NvmePlace, SlotRef};

@@ -1,18 +1,22 @@
 //! The command line of `kvkeepd`.
 
+use std::ffi::OsString;
 use std::io::IsTerminal as _;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 use tokio_util::sync::CancellationToken;
 
+use crate::address::{BlockListen, TcpListen};
 use crate::config::{Config, PolicyClock};
-use crate::server;
+use crate::connection::Instances;
 use crate::size::ByteSize;
 use crate::store::Store;
+use crate::{detach, idle, server};
 
 /// One storage node of KVKeep, the store for attention KV.
 ///
@@ -52,12 +56,19 @@ struct Flags {
     /// Everything that must survive a restart [default: ./kvkeep-data].
     #[arg(long, env = "KVKEEP_DATA_DIR", global = true)]
     data_dir: Option<PathBuf>,
-    /// gRPC over TCP [default: 127.0.0.1:7070]; port 0 picks one.
+    /// gRPC over TCP [default: 127.0.0.1:7070]; port 0 picks one, `off`: the Unix socket only.
     #[arg(long, env = "KVKEEP_LISTEN", global = true)]
-    listen: Option<SocketAddr>,
-    /// gRPC over a Unix socket at this path.
+    listen: Option<TcpListen>,
+    /// The block protocol over TCP: address:port, `auto` (one port above gRPC's) or `off` [default: auto].
+    #[arg(long, env = "KVKEEP_BLOCK_LISTEN", global = true)]
+    block_listen: Option<BlockListen>,
+    /// gRPC and the block protocol over a Unix socket at this path [default: auto, which is kvkeepd.sock in the data folder];
+    /// `off`: none.
     #[arg(long, env = "KVKEEP_UNIX_SOCKET", global = true)]
-    unix_socket: Option<PathBuf>,
+    unix_socket: Option<OsString>,
+    /// Stop when no connection has been open for so long, in ms [default: 0, never].
+    #[arg(long, env = "KVKEEP_EXIT_WHEN_IDLE_MS", global = true)]
+    exit_when_idle_ms: Option<u32>,
     /// Prometheus metrics over HTTP, loopback only.
     #[arg(long, env = "KVKEEP_METRICS_LISTEN", global = true)]
     metrics_listen: Option<SocketAddr>,
@@ -97,6 +108,9 @@ struct Flags {
     /// Serve beyond loopback without TLS or tokens.
     #[arg(long, env = "KVKEEP_INSECURE_OFF_LOOPBACK", global = true)]
     insecure_off_loopback: bool,
+    /// A program started this server for itself: leave its session, and close what was inherited from it.
+    #[arg(long, hide = true)]
+    detached: bool,
 }
 
 impl Flags {
@@ -113,7 +127,8 @@ impl Flags {
         set!(
             data_dir => data_dir,
             listen => listen.grpc,
-            unix_socket => listen.unix,
+            block_listen => listen.block,
+            exit_when_idle_ms => listen.exit_when_idle_ms,
             node_name => node_name,
             arena_bytes => arena.bytes,
             arena_dir => arena.dir,
@@ -121,6 +136,7 @@ impl Flags {
             keep_free_bytes => nvme.keep_free_bytes,
             policy_clock => policy_clock,
         );
+        c.listen.unix = self.unix_socket.map(PathBuf::from).unwrap_or(c.listen.unix);
         c.listen.metrics = self.metrics_listen.or(c.listen.metrics);
         c.auth.tokens_file = self.tokens_file.or(c.auth.tokens_file);
         c.listen.tls_cert = self.tls_cert.or(c.listen.tls_cert);
@@ -135,6 +151,14 @@ impl Flags {
 /// Parses, runs, reports.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
+    // Before anything is opened: what is open now was inherited.
+    if cli.flags.detached
+        && let Err(error) = detach::detach()
+    {
+        eprintln!("kvkeepd: cannot let go of what was inherited: {error}");
+        return ExitCode::FAILURE;
+    }
+    log_to_stderr();
     let run = match cli.command {
         Some(Command::Config { what }) => look(cli.flags, what),
         None => cli.flags.config().map_err(anyhow::Error::from).and_then(start),
@@ -157,7 +181,8 @@ fn look(flags: Flags, what: ConfigCommand) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn start(config: Config) -> anyhow::Result<()> {
+/// Warnings of the configuration are told in the log as well: it is set up first.
+fn log_to_stderr() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("KVKEEP_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
     tracing_subscriber::fmt()
@@ -165,14 +190,20 @@ fn start(config: Config) -> anyhow::Result<()> {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
+}
+
+fn start(config: Config) -> anyhow::Result<()> {
     if let Some(address) = config.listen.metrics {
         metrics_exporter_prometheus::PrometheusBuilder::new()
             .with_http_listener(address)
             .install()
             .with_context(|| format!("cannot serve metrics on {address}"))?;
     }
-    if !config.listen.grpc.ip().is_loopback() && config.listen.insecure_off_loopback {
-        tracing::warn!(listen = %config.listen.grpc, "serving beyond loopback without TLS or tokens, as told");
+    if let Some(listen) = config.listen.grpc.address()
+        && !listen.ip().is_loopback()
+        && config.listen.insecure_off_loopback
+    {
+        tracing::warn!(%listen, "serving beyond loopback without TLS or tokens, as told");
     }
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
@@ -212,12 +243,21 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     );
     report.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
     // Scripts wait for this line.
-    println!("kvkeepd ready listen={}", bound.address()?);
+    println!("kvkeepd ready listen={}", bound.ready()?);
+    if let Some(after) = store.config.exit_when_idle() {
+        tokio::spawn(stop_when_idle(std::sync::Arc::clone(&store.instances), after, stop.clone()));
+    }
     let served = bound.serve(stop).await;
     tracing::info!("draining");
     store.close().await;
     tracing::info!("stopped");
     served
+}
+
+async fn stop_when_idle(instances: std::sync::Arc<Instances>, after: Duration, stop: CancellationToken) {
+    let idle = idle::idle(&instances, after).await;
+    tracing::info!(idle_ms = idle.as_millis(), "stopping: nobody is connected (listen.exit_when_idle_ms)");
+    stop.cancel();
 }
 
 fn stop_on_signals(stop: CancellationToken) -> anyhow::Result<()> {

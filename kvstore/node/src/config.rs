@@ -10,6 +10,7 @@ use kvkeep_core::format::BLOCK_BYTES_MAX;
 use kvkeep_core::{Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::address::{self, BlockListen, TcpListen};
 use crate::machine;
 use crate::size::ByteSize;
 
@@ -50,9 +51,13 @@ pub struct Config {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Listen {
-    /// gRPC over TCP. Off loopback it needs TLS and tokens.
-    pub grpc: SocketAddr,
-    /// gRPC over a Unix socket; peers are known by their uid. Empty: none.
+    /// gRPC over TCP. Off loopback it needs TLS and tokens. `off`: the Unix socket only.
+    pub grpc: TcpListen,
+    /// The block protocol over TCP, with the TLS of `grpc`. `auto`: on the address of `grpc`, one port higher (where that is
+    /// 0: any; where it is `off`: nowhere). `off`: none.
+    pub block: BlockListen,
+    /// gRPC and the block protocol over a Unix socket; peers are known by their uid. `auto`: `kvkeepd.sock` in the data
+    /// folder, which lets in only the server's own user and root. Empty or `off`: none. Resolved: an absolute path, or empty.
     pub unix: PathBuf,
     /// Prometheus metrics over HTTP; loopback only, no authentication. Absent: none.
     pub metrics: Option<SocketAddr>,
@@ -64,6 +69,8 @@ pub struct Listen {
     pub insecure_off_loopback: bool,
     /// Connections at a time.
     pub connections_max: u32,
+    /// Stop, as by SIGTERM, when no connection has been open for so long, counted from the start as well, ms; 0: never.
+    pub exit_when_idle_ms: u32,
 }
 
 /// Tokens and peers.
@@ -74,6 +81,9 @@ pub struct Auth {
     pub tokens_file: Option<PathBuf>,
     /// User ids beside the server's own that may use the Unix socket, as the tenant `default`.
     pub unix_uids: BTreeSet<u32>,
+    /// Of these, those that may map the arena read-only, beside the server's own user and root. A process that may map sees
+    /// every block of its tenant.
+    pub map_uids: BTreeSet<u32>,
 }
 
 /// The arena.
@@ -97,6 +107,22 @@ pub struct ArenaSection {
     pub l3_read_reserve_bytes: ByteSize,
     /// How fast a background scrub checks DRAM copies, bytes per second; 0: no scrub.
     pub scrub_bytes_per_s: ByteSize,
+    /// How much of a block is compared with its sums on the way from DRAM into a region of the same host. What leaves for a
+    /// socket is always compared.
+    pub verify_dram: VerifyDram,
+}
+
+/// What of a block is compared on its way into a region.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum VerifyDram {
+    /// Nothing; the scrub covers DRAM.
+    Never,
+    /// 64 KiB of each block, another 64 KiB each time.
+    #[default]
+    Sampled,
+    /// All of it.
+    Always,
 }
 
 /// The NVMe store.
@@ -124,6 +150,9 @@ pub struct NvmeSection {
     pub warm_bytes_per_s: ByteSize,
     /// Background scrub, bytes per second; 0: none.
     pub scrub_bytes_per_s: ByteSize,
+    /// A block that is read from NVMe into a region goes there straight, and is not brought up to DRAM before this use of it
+    /// since it was stored or opened; 0: never.
+    pub promote_at_use: u32,
 }
 
 /// Bounds on what clients may ask.
@@ -172,6 +201,18 @@ pub struct LimitsSection {
     pub prefetch_queue_max: u32,
     /// NVMe reads of one get under way, in bytes.
     pub get_read_ahead_bytes: ByteSize,
+    /// Memory that one engine instance may register, all its regions together.
+    pub region_bytes_max: ByteSize,
+    /// Regions of one engine instance.
+    pub regions_max: u32,
+    /// Runs of memory that one call may name.
+    pub runs_max: u32,
+    /// Slots held for the mapped reads of one engine instance, in bytes. 0: a quarter of the arena.
+    pub mapped_bytes_max: ByteSize,
+    /// Block protocol: calls in flight on one connection.
+    pub calls_per_connection_max: u32,
+    /// Block protocol: bytes of one envelope.
+    pub envelope_bytes_max: u32,
 }
 
 impl Default for Config {
@@ -192,13 +233,15 @@ impl Default for Config {
 impl Default for Listen {
     fn default() -> Self {
         Self {
-            grpc: SocketAddr::from(([127, 0, 0, 1], 7070)),
-            unix: PathBuf::new(),
+            grpc: TcpListen::At(SocketAddr::from(([127, 0, 0, 1], 7070))),
+            block: BlockListen::default(),
+            unix: PathBuf::from(address::AUTO),
             metrics: None,
             tls_cert: None,
             tls_key: None,
             insecure_off_loopback: false,
             connections_max: 1024,
+            exit_when_idle_ms: 0,
         }
     }
 }
@@ -206,7 +249,7 @@ impl Default for Listen {
 #[expect(clippy::derivable_impls, reason = "defaults of every section stand together, spelled out")]
 impl Default for Auth {
     fn default() -> Self {
-        Self { tokens_file: None, unix_uids: BTreeSet::new() }
+        Self { tokens_file: None, unix_uids: BTreeSet::new(), map_uids: BTreeSet::new() }
     }
 }
 
@@ -221,6 +264,7 @@ impl Default for ArenaSection {
             dirty_bytes_max: ByteSize(0),
             l3_read_reserve_bytes: ByteSize(0),
             scrub_bytes_per_s: ByteSize::mib(16),
+            verify_dram: VerifyDram::Sampled,
         }
     }
 }
@@ -238,6 +282,7 @@ impl Default for NvmeSection {
             write_behind_depth: 16,
             warm_bytes_per_s: ByteSize::mib(512),
             scrub_bytes_per_s: ByteSize::mib(8),
+            promote_at_use: 3,
         }
     }
 }
@@ -266,6 +311,12 @@ impl Default for LimitsSection {
             history_max: 65_536,
             prefetch_queue_max: 4_096,
             get_read_ahead_bytes: ByteSize::mib(32),
+            region_bytes_max: ByteSize::gib(1024),
+            regions_max: 64,
+            runs_max: 65_536,
+            mapped_bytes_max: ByteSize(0),
+            calls_per_connection_max: 64,
+            envelope_bytes_max: 4 << 20,
         }
     }
 }
@@ -274,6 +325,10 @@ impl Default for LimitsSection {
 const ARENA_BYTES_MIN: u64 = 64 << 20;
 /// Smallest NVMe store.
 const NVME_BYTES_MIN: u64 = 64 << 20;
+/// Shortest idleness that ends a node, ms: a client that has just started it must get the time to connect.
+const EXIT_WHEN_IDLE_MS_MIN: u32 = 100;
+/// Longest one, ms: 30 days.
+const EXIT_WHEN_IDLE_MS_MAX: u32 = 30 * 24 * 3_600_000;
 /// Largest NVMe store that is chosen without being asked for.
 const NVME_BYTES_DEFAULT_MAX: u64 = 64 << 30;
 
@@ -301,8 +356,9 @@ impl Config {
         toml::to_string_pretty(self).expect("every field is a table, number, text or list")
     }
 
-    /// Puts numbers in the place of "0: choose for me", from what this machine has.
+    /// Puts numbers in the place of "0: choose for me", from what this machine has, and a path in the place of `auto`.
     pub fn resolve(mut self) -> Result<Self> {
+        self.listen.unix = address::unix_socket(&self.listen.unix, &self.data_dir);
         if self.arena.bytes.0 == 0 {
             let quarter = machine::memory_for_us()?.0 / 4;
             self.arena.bytes = ByteSize(quarter / (1 << 20) * (1 << 20));
@@ -312,6 +368,9 @@ impl Config {
         }
         if self.arena.l3_read_reserve_bytes.0 == 0 {
             self.arena.l3_read_reserve_bytes = ByteSize(self.arena.bytes.0 / 64);
+        }
+        if self.limits.mapped_bytes_max.0 == 0 {
+            self.limits.mapped_bytes_max = ByteSize(self.arena.bytes.0 / 4);
         }
         if self.limits.reserved_bytes_max.0 == 0 {
             self.limits.reserved_bytes_max = ByteSize(self.arena.bytes.0 / 4);
@@ -414,6 +473,18 @@ impl Config {
                 .with("limits.lease_ttl_ms_max", l.lease_ttl_ms_max)
                 .with("limits.lease_life_ms_max", l.lease_life_ms_max));
         }
+        if l.calls_per_connection_max == 0 || !(64 << 10..=64 << 20).contains(&l.envelope_bytes_max) || l.runs_max == 0
+        {
+            return Err(bad(
+                "limits.calls_per_connection_max and limits.runs_max are at least 1, limits.envelope_bytes_max 64KiB to 64MiB",
+            )
+            .with("limits.envelope_bytes_max", l.envelope_bytes_max));
+        }
+        if l.mapped_bytes_max.0 > self.arena.bytes.0 / 2 {
+            return Err(bad("limits.mapped_bytes_max is at most half of arena.bytes")
+                .with("limits.mapped_bytes_max", l.mapped_bytes_max)
+                .with("arena.bytes", self.arena.bytes));
+        }
         if l.deadline_ms_default > l.deadline_ms_max || l.deadline_ms_default == 0 {
             return Err(bad("deadlines are 0 < deadline_ms_default <= deadline_ms_max")
                 .with("limits.deadline_ms_default", l.deadline_ms_default)
@@ -435,7 +506,31 @@ impl Config {
                 .with("listen.metrics", m));
         }
         let guarded = l.tls_cert.is_some() && self.auth.tokens_file.is_some();
-        if !l.grpc.ip().is_loopback() && !guarded && !l.insecure_off_loopback {
+        if let BlockListen::At(block) = l.block
+            && !block.ip().is_loopback()
+            && !guarded
+            && !l.insecure_off_loopback
+        {
+            return Err(bad("beyond loopback TLS and tokens are required for the block port as well")
+                .with("listen.block", block));
+        }
+        if let Some(uid) = self.auth.map_uids.difference(&self.auth.unix_uids).next() {
+            return Err(
+                bad("who may map must be let in: auth.map_uids are among auth.unix_uids").with("auth.map_uids", uid)
+            );
+        }
+        let grpc = l.grpc.address();
+        if grpc.is_none() && l.unix.as_os_str().is_empty() {
+            return Err(bad(
+                "nothing to listen on: listen.grpc (--listen) is an address, or listen.unix (--unix-socket) a path",
+            ));
+        }
+        address::fits(&l.unix)?;
+        if l.exit_when_idle_ms != 0 && !(EXIT_WHEN_IDLE_MS_MIN..=EXIT_WHEN_IDLE_MS_MAX).contains(&l.exit_when_idle_ms) {
+            return Err(bad("listen.exit_when_idle_ms is 0 (never), or 100 ms to 30 days")
+                .with("listen.exit_when_idle_ms", l.exit_when_idle_ms));
+        }
+        if grpc.is_some_and(|a| !a.ip().is_loopback()) && !guarded && !l.insecure_off_loopback {
             return Err(bad(
                 "beyond loopback TLS (listen.tls_cert, listen.tls_key) and tokens (auth.tokens_file) are required; \
                  listen.insecure_off_loopback = true overrides",
@@ -443,6 +538,11 @@ impl Config {
             .with("listen.grpc", l.grpc));
         }
         Ok(())
+    }
+
+    /// [`Listen::exit_when_idle_ms`] as a duration; `None`: never.
+    pub fn exit_when_idle(&self) -> Option<Duration> {
+        Some(self.listen.exit_when_idle_ms).filter(|ms| *ms != 0).map(|ms| Duration::from_millis(u64::from(ms)))
     }
 
     /// [`LimitsSection::instance_grace_ms`] as a duration.
@@ -467,7 +567,15 @@ mod tests {
     #[test]
     fn what_is_shown_can_be_read_back() {
         let c = resolved();
+        assert!(c.listen.unix.is_absolute(), "{:?}", c.listen.unix);
         assert_eq!(Config::from_toml(&c.to_toml()).unwrap(), c);
+        let mut c = resolved();
+        c.listen.grpc = TcpListen::Off;
+        c.listen.exit_when_idle_ms = 30_000;
+        assert_eq!(Config::from_toml(&c.to_toml()).unwrap().resolve().unwrap(), c);
+        c.listen.grpc = Listen::default().grpc;
+        c.listen.unix = PathBuf::new();
+        assert_eq!(Config::from_toml(&c.to_toml()).unwrap().resolve().unwrap(), c, "what is off stays off");
     }
 
     #[test]
@@ -489,7 +597,7 @@ mod tests {
     #[test]
     fn broken_relations_name_their_fields() {
         type Change = fn(&mut Config);
-        let cases: [(&str, Change); 7] = [
+        let cases: [(&str, Change); 11] = [
             ("low_watermark_percent", |c| c.arena.low_watermark_percent = 40),
             ("lease_ttl_ms_max", |c| c.limits.lease_ttl_ms_max = 1),
             ("deadline_ms_default", |c| c.limits.deadline_ms_default = u32::MAX),
@@ -497,6 +605,13 @@ mod tests {
             ("reserved_bytes_max", |c| c.limits.reserved_bytes_max = ByteSize::gib(9)),
             ("arena.bytes", |c| c.arena.bytes = ByteSize(1)),
             ("tls_key", |c| c.listen.tls_cert = Some("x".into())),
+            ("listen.unix", |c| {
+                c.listen.grpc = TcpListen::Off;
+                c.listen.unix = PathBuf::new();
+            }),
+            ("listen.unix", |c| c.listen.unix = PathBuf::from(format!("/{}", "s".repeat(107)))),
+            ("exit_when_idle_ms", |c| c.listen.exit_when_idle_ms = 99),
+            ("exit_when_idle_ms", |c| c.listen.exit_when_idle_ms = u32::MAX),
         ];
         for (field, change) in cases {
             let mut c = resolved();

@@ -31,7 +31,22 @@ pub enum Via {
     Unix {
         /// Peer credentials.
         uid: u32,
+        /// The process that connected; 0: not said.
+        pid: u32,
     },
+}
+
+impl Via {
+    /// Whether this peer may map the arena: the server's own user and root, who could not be kept from it, and those whom
+    /// the operator named.
+    pub fn may_map(&self, auth: &crate::config::Auth) -> bool {
+        match self {
+            Self::Tcp(_) => false,
+            Self::Unix { uid, .. } => {
+                *uid == 0 || *uid == rustix::process::getuid().as_raw() || auth.map_uids.contains(uid)
+            }
+        }
+    }
 }
 
 /// One connection; shared by the calls on it, dropped when it is closed and they are done.
@@ -71,13 +86,17 @@ impl Drop for Connection {
         if let Some(hello) = self.hello.get() {
             self.instances.left(hello.instance);
         }
-        self.instances.open.fetch_sub(1, Ordering::Relaxed);
+        // Who sees the last connection gone must see when it went.
+        *self.instances.changed.lock() = Instant::now();
+        self.instances.open.fetch_sub(1, Ordering::Release);
     }
 }
 
 /// All connections and instances of a node.
 pub struct Instances {
     open: AtomicU32,
+    /// When a connection was last closed; at first, when the node was started.
+    changed: Mutex<Instant>,
     connections_max: u32,
     grace: Duration,
     live: Mutex<HashMap<InstanceId, Live>>,
@@ -93,7 +112,8 @@ struct Live {
 impl Instances {
     /// `grace`: how long an instance outlives its last connection.
     pub fn new(connections_max: u32, grace: Duration) -> Arc<Self> {
-        Arc::new(Self { open: AtomicU32::new(0), connections_max, grace, live: Mutex::default() })
+        let changed = Mutex::new(Instant::now());
+        Arc::new(Self { open: AtomicU32::new(0), changed, connections_max, grace, live: Mutex::default() })
     }
 
     /// A place for a new connection; `None` where `connections_max` are open.
@@ -107,6 +127,12 @@ impl Instances {
     /// Connections open now.
     pub fn open(&self) -> u32 {
         self.open.load(Ordering::Relaxed)
+    }
+
+    /// For how long no connection has been open; `None` while one is.
+    pub fn idle_for(&self, now: Instant) -> Option<Duration> {
+        // In this order: a connection that is seen to be gone has written down when it went.
+        (self.open.load(Ordering::Acquire) == 0).then(|| now.saturating_duration_since(*self.changed.lock()))
     }
 
     fn joined(&self, instance: InstanceId, tenant: TenantId) -> bool {
@@ -155,7 +181,7 @@ mod tests {
     #[test]
     fn an_instance_ends_only_when_its_last_connection_has_been_closed_for_the_grace_period() {
         let all = Instances::new(8, Duration::from_secs(5));
-        let via = Via::Unix { uid: 0 };
+        let via = Via::Unix { uid: 0, pid: 0 };
         let (a, b) = (all.admit(via).unwrap(), all.admit(via).unwrap());
         assert!(a.say_hello(hello(1)) && b.say_hello(hello(1)) && a.say_hello(hello(1)));
         drop(a);
@@ -169,7 +195,8 @@ mod tests {
     #[test]
     fn a_tenant_cannot_speak_for_the_instance_of_another() {
         let all = Instances::new(8, Duration::ZERO);
-        let (a, b) = (all.admit(Via::Unix { uid: 0 }).unwrap(), all.admit(Via::Unix { uid: 0 }).unwrap());
+        let (a, b) =
+            (all.admit(Via::Unix { uid: 0, pid: 0 }).unwrap(), all.admit(Via::Unix { uid: 0, pid: 0 }).unwrap());
         assert!(a.say_hello(hello(1)));
         assert!(!b.say_hello(Hello { tenant: TenantId(7), ..hello(1) }));
         assert!(b.hello().is_none());
@@ -178,11 +205,25 @@ mod tests {
     }
 
     #[test]
+    fn idleness_is_counted_from_the_end_of_the_last_connection() {
+        let all = Instances::new(8, Duration::ZERO);
+        let later = Instant::now() + Duration::from_secs(60);
+        assert!(all.idle_for(later).is_some_and(|idle| idle >= Duration::from_secs(60)), "from the start");
+        let a = all.admit(Via::Unix { uid: 0, pid: 0 }).unwrap();
+        let b = all.admit(Via::Unix { uid: 0, pid: 0 }).unwrap();
+        drop(a);
+        assert_eq!(all.idle_for(later), None, "one is still open");
+        let before = Instant::now();
+        drop(b);
+        assert!(all.idle_for(later).is_some_and(|idle| idle <= later - before));
+    }
+
+    #[test]
     fn a_connection_cannot_change_its_mind_and_a_flood_is_turned_away() {
         let all = Instances::new(1, Duration::ZERO);
-        let a = all.admit(Via::Unix { uid: 0 }).unwrap();
+        let a = all.admit(Via::Unix { uid: 0, pid: 0 }).unwrap();
         assert!(a.say_hello(hello(1)));
         assert!(!a.say_hello(hello(2)));
-        assert!(all.admit(Via::Unix { uid: 0 }).is_none());
+        assert!(all.admit(Via::Unix { uid: 0, pid: 0 }).is_none());
     }
 }

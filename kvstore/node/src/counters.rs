@@ -65,6 +65,14 @@ counters! {
     get_dram_parts => "kvkeep_get_dram_parts_total",
     /// Parts served from NVMe.
     get_nvme_parts => "kvkeep_get_nvme_parts_total",
+    /// Parts whose place in DRAM was told to a client that reads them there.
+    mapped_parts => "kvkeep_mapped_parts_total",
+    /// Parts read from NVMe straight into a client's region.
+    get_straight_parts => "kvkeep_get_straight_parts_total",
+    /// Copies not made, or thrown away, because the client took its memory back.
+    revoked_copies => "kvkeep_revoked_copies_total",
+    /// Frames that broke the rules of the block protocol; each closes its connection.
+    block_violations => "kvkeep_block_violations_total",
     /// Bytes served.
     get_bytes => "kvkeep_get_bytes_total",
     /// Parts a reserve answered as present.

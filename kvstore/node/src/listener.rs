@@ -1,4 +1,5 @@
-//! Accepting connections: TCP and Unix streams that carry their [`Connection`] with them.
+//! Streams for the gRPC server that carry their [`Connection`] with them, and the acceptor of its TCP port. The Unix socket
+//! and the block port are accepted in [`crate::block::accept`].
 
 use std::io;
 use std::pin::Pin;
@@ -7,7 +8,7 @@ use std::task::{Context, Poll};
 
 use futures_util::Stream;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::TcpListener;
 use tonic::transport::server::Connected;
 use tracing::{debug, warn};
 
@@ -17,6 +18,13 @@ use crate::connection::{Connection, Instances, Via};
 pub struct Accepted<S> {
     stream: S,
     connection: Arc<Connection>,
+}
+
+impl<S> Accepted<S> {
+    /// Of a stream that was accepted elsewhere.
+    pub fn new(stream: S, connection: Arc<Connection>) -> Self {
+        Self { stream, connection }
+    }
 }
 
 impl<S> Connected for Accepted<S> {
@@ -77,35 +85,6 @@ pub fn tcp(
                     }
                     metrics::counter!("kvkeep_connections_refused_total").increment(1);
                 }
-                Err(error) => accept_failed(&error).await,
-            }
-        }
-    })
-}
-
-/// Unix connections; only the server's own user, root and the users named in the configuration get in.
-pub fn unix(
-    listener: UnixListener,
-    instances: Arc<Instances>,
-    allowed: impl Fn(u32) -> bool + Send + Sync + 'static,
-) -> impl Stream<Item = io::Result<Accepted<tokio::net::UnixStream>>> + Send + 'static {
-    let allowed = Arc::new(allowed);
-    futures_util::stream::unfold((listener, instances, allowed), |(listener, instances, allowed)| async move {
-        loop {
-            match listener.accept().await {
-                Ok((stream, _)) => match stream.peer_cred() {
-                    Ok(cred) if allowed(cred.uid()) => {
-                        if let Some(connection) = instances.admit(Via::Unix { uid: cred.uid() }) {
-                            return Some((Ok(Accepted { stream, connection }), (listener, instances, allowed)));
-                        }
-                        metrics::counter!("kvkeep_connections_refused_total").increment(1);
-                    }
-                    Ok(cred) => {
-                        warn!(uid = cred.uid(), "unix peer refused: add its uid to auth.unix_uids to let it in");
-                        metrics::counter!("kvkeep_connections_refused_total").increment(1);
-                    }
-                    Err(error) => debug!(%error, "unix peer without credentials"),
-                },
                 Err(error) => accept_failed(&error).await,
             }
         }

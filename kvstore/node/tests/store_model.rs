@@ -16,7 +16,7 @@ use kvkeep_core::{
 use kvkeep_node::config::Config;
 use kvkeep_node::size::ByteSize;
 use kvkeep_node::store::Store;
-use kvkeep_node::store::get::{Fetched, PartRead};
+use kvkeep_node::store::get::{Compare, Fetched, PartRead};
 use kvkeep_node::store::lookup::MatchWish;
 use kvkeep_node::store::put::{Caller, PartAnswer, PartWish, PositionWish, ReserveWish};
 use proptest::prelude::*;
@@ -166,7 +166,7 @@ impl World {
             for (i, chunk) in data.chunks(300_000).enumerate() {
                 w.chunk(id, i as u64 * 300_000, chunk).unwrap();
             }
-            assert!(w.finish().iter().all(|(_, error, _)| error.is_none()));
+            assert!(w.finish().results.iter().all(|r| r.error.is_none()));
         }
         let committed = self.store().commit(CALLER, RequestInfo::default(), vec![(id, Vec::new())]).await;
         match &committed[0].1 {
@@ -192,7 +192,7 @@ impl World {
             version: None,
             fidelity: Fidelity::Exact,
         };
-        match (self.store().fetch(CALLER, self.handle, read).await, self.model.get(&(chain, index))) {
+        match (self.store().fetch(CALLER, self.handle, read, Compare::All).await, self.model.get(&(chain, index))) {
             (Fetched::Hit { part, .. }, Some((writer, _))) => {
                 assert!(
                     *part == *bytes(chain, index, *writer, self.handle.revision.0),

@@ -12,7 +12,8 @@ use std::time::Instant;
 
 use kvkeep_core::ids::{BlockId, DigestKey, GroupId, Handle, Key, KeyDomain, NamespaceId, Revision, ShardId, TenantId};
 use kvkeep_core::{BlockMeta, ChunkSums, Class, Fidelity, SlotRef, Version};
-use kvkeep_tiers::dram::{Arena, ArenaConfig, NoRoomReason, Purpose, Reserved, copy_cold};
+use kvkeep_tiers::copy::copy_cold;
+use kvkeep_tiers::dram::{Arena, ArenaConfig, NoRoomReason, Purpose, Reserved};
 
 const ROUNDS: usize = 7;
 const TENANT: TenantId = TenantId(0);

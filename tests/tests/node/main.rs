@@ -1,8 +1,8 @@
 //! The promises of one node, asked of the real binary.
 //!
 //! `put_get` and `namespaces` are what an engine does; `bad_input` what it must not do; `ways_in`, `leases`, `tenants`,
-//! `events` and `room` what surrounds blocks; `clients_die`, `restart`, `damage`, `eio`, `kill_loop` and `powercut` what can
-//! go wrong.
+//! `events` and `room` what surrounds blocks; `embedded` a server that a client starts for itself; `clients_die`, `restart`,
+//! `damage`, `eio`, `kill_loop` and `powercut` what can go wrong.
 
 #![expect(clippy::unwrap_used, reason = "everything here is a test: an unwrap is an assertion")]
 
@@ -10,12 +10,14 @@ mod bad_input;
 mod clients_die;
 mod damage;
 mod eio;
+mod embedded;
 mod events;
 mod kill_loop;
 mod leases;
 mod namespaces;
 mod powercut;
 mod put_get;
+mod regions;
 mod restart;
 mod room;
 mod tenants;

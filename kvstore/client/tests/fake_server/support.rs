@@ -92,6 +92,7 @@ impl Fake {
     /// A client of it, and its namespace.
     pub async fn client(addr: &str, change: impl FnOnce(&mut ClientConfig)) -> (Client, Namespace) {
         let mut config = ClientConfig::to(addr);
+        config.lost = kvkeep_client::Lost::Errors;
         change(&mut config);
         let client = Client::connect(config).await.unwrap();
         let ns = client.register_namespace("n", &format(), "r1").await.unwrap();

@@ -76,9 +76,9 @@ impl Directory {
         !self.parting.is_empty()
     }
 
-    /// Ends the lease of a request. `false`: there was none.
-    pub fn release_request(&mut self, instance: InstanceId, request: &RequestId) -> bool {
-        self.leases.of_request(instance, request).is_some_and(|id| self.release(id))
+    /// The lease of a request, if it has one.
+    pub fn lease_of_request(&self, instance: InstanceId, request: &RequestId) -> Option<LeaseId> {
+        self.leases.of_request(instance, request)
     }
 
     /// Ends at most `max` leases of an instance. `true`: there may be more.

@@ -39,7 +39,7 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 use crate::block::{BlockMeta, NvmePlace, SlotRef};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
-use crate::ids::{BlockId, Digest, GroupId, Handle, Instant, ShardId, Version};
+use crate::ids::{BlockId, Digest, GroupId, Handle, Instant, LeaseId, ShardId, Version};
 use crate::lease::{LeaseLimits, LeaseTable, Parting};
 use crate::policy::{Policy, lru::Lru};
 use crate::words::{Class, Fidelity, MissReason, RequestInfo};
@@ -112,6 +112,8 @@ pub struct Located {
     pub slot: Option<SlotRef>,
     /// Its copy on NVMe.
     pub place: Option<NvmePlace>,
+    /// Accesses of the position since it is tracked; its put is the first.
+    pub accesses: u32,
     /// Of the position.
     pub handle: Handle,
     /// Somebody holds a lease over the position.
@@ -259,6 +261,16 @@ impl Directory {
         Ok(old.as_ref().map_or(Inserted::Stored, |part| Inserted::Superseded(part.into())))
     }
 
+    /// The parts of a position that a lease holds, in (group, shard) order; none where it does not hold the position.
+    pub fn leased_parts(&self, lease: LeaseId, digest: &Digest) -> Vec<(GroupId, ShardId, Located)> {
+        if !self.lease_holds(lease, digest) {
+            return Vec::new();
+        }
+        let Some(entry) = self.slab.find(digest).map(|id| &self.slab[id]) else { return Vec::new() };
+        let parts = entry.parts.as_slice().iter();
+        parts.filter_map(|p| Some((p.group(), p.shard(), self.locate(digest, p.group(), p.shard())?))).collect()
+    }
+
     /// Where a part is, if it is readable.
     pub fn locate(&self, digest: &Digest, group: GroupId, shard: ShardId) -> Option<Located> {
         let e = &self.slab[self.slab.find(digest)?];
@@ -272,6 +284,7 @@ impl Directory {
             place: p.place,
             handle: self.homes.get(e.home).handle,
             leased: e.leases > 0,
+            accesses: e.accesses,
         })
     }
 

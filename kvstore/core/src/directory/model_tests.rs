@@ -505,7 +505,8 @@ impl World {
             12 => {
                 let known = self.model.leases.remove(&name).is_some();
                 let request = RequestId::new(&[name.1]).expect("one byte");
-                assert_eq!(self.dir.release_request(InstanceId([name.0; 16]), &request), known);
+                let lease = self.dir.lease_of_request(InstanceId([name.0; 16]), &request);
+                assert_eq!(lease.is_some_and(|id| self.dir.release(id)), known);
             }
             13 if c % 4 == 0 => {
                 self.dir.end_instance(InstanceId([b % 4; 16]), usize::MAX);

@@ -464,7 +464,8 @@ fn a_second_lease_of_a_request_extends_the_first_to_the_union() {
     let info = dir.lease_info(LeaseId(5)).unwrap();
     assert_eq!((info.positions, info.ends, info.handle), (4, Instant(13_000), HANDLE));
     assert_eq!(dir.leased_positions(), 4);
-    assert!(dir.release_request(InstanceId([1; 16]), &RequestId::new(b"r").unwrap()));
+    let lease = dir.lease_of_request(InstanceId([1; 16]), &RequestId::new(b"r").unwrap()).unwrap();
+    assert!(dir.release(lease));
     assert!(!dir.release(LeaseId(5)));
     assert_eq!((dir.leased_positions(), dir.lease_count()), (0, 0));
     // Without a request id each is a lease of its own; over nothing there is none.

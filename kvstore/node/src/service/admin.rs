@@ -8,7 +8,7 @@ use kvkeep_core::{Error, ErrorKind};
 use kvkeep_proto::v1;
 use tonic::{Request, Response, Status};
 
-use super::call::{hello, refuse};
+use super::hello;
 use crate::store::Store;
 
 /// Leases of one answer.
@@ -33,7 +33,7 @@ impl Admin {
             return Ok(());
         }
         self.store.counters.denied_calls.one();
-        Err(refuse(Error::new(ErrorKind::Denied, "this needs a token with the admin right")))
+        Err(convert::status_from_error(&Error::new(ErrorKind::Denied, "this needs a token with the admin right")))
     }
 }
 
@@ -68,12 +68,12 @@ impl v1::admin_server::Admin for Admin {
     async fn scrub(&self, request: Request<v1::ScrubRequest>) -> Result<Response<v1::ScrubReply>, Status> {
         self.check(&request)?;
         let wish = request.into_inner();
-        let tier = convert::tier_from_proto(wish.tier).map_err(refuse)?;
+        let tier = convert::tier_from_proto(wish.tier).map_err(|e| convert::status_from_error(&e))?;
         let store = Arc::clone(&self.store);
         let scrubbing = tokio::spawn(async move { store.scrub(tier).await });
         let wait = Duration::from_millis(u64::from(wish.wait_ms)).min(SCRUB_WAIT_MAX);
         match tokio::time::timeout(wait, scrubbing).await {
-            Ok(Ok(result)) => Ok(Response::new(result.map_err(refuse)?)),
+            Ok(Ok(result)) => Ok(Response::new(result.map_err(|e| convert::status_from_error(&e))?)),
             Ok(Err(_)) => Err(Status::internal("the scrub was cut short")),
             Err(_) => Ok(Response::new(v1::ScrubReply::default())),
         }

@@ -61,6 +61,7 @@ impl Store {
             for instance in self.instances.take_ended(Instant::now()) {
                 self.end_instance(instance);
             }
+            self.mapped.bury();
             if told.elapsed() >= METRICS_EVERY {
                 told = Instant::now();
                 self.counters.publish();
@@ -248,6 +249,12 @@ impl Store {
         metrics::gauge!("kvkeep_dirty_bytes").set(self.behind.dirty_bytes() as f64);
         metrics::gauge!("kvkeep_nvme_reads_in_flight").set(self.flights.under_way() as f64);
         metrics::gauge!("kvkeep_connections").set(f64::from(self.instances.open()));
+        let (mapped, (regions, region_bytes)) = (self.mapped_usage(), self.region_usage());
+        metrics::gauge!("kvkeep_mapped_slots").set(mapped.slots as f64);
+        metrics::gauge!("kvkeep_mapped_bytes").set(mapped.bytes as f64);
+        metrics::gauge!("kvkeep_mapped_orphaned_bytes").set(mapped.orphaned_bytes as f64);
+        metrics::gauge!("kvkeep_regions").set(regions as f64);
+        metrics::gauge!("kvkeep_region_bytes").set(region_bytes as f64);
         metrics::gauge!("kvkeep_watchers").set(f64::from(self.watchers.load(Ordering::Relaxed)));
     }
 }

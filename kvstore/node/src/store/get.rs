@@ -8,15 +8,21 @@ use std::sync::Arc;
 use kvkeep_core::directory::Located;
 use kvkeep_core::words::Happening;
 use kvkeep_core::{
-    BlockId, BlockMeta, Error, ErrorKind, Fidelity, Handle, Key, MissReason, PartStatus, SUM_CHUNK_BYTES, Tier, Version,
+    BlockId, BlockMeta, Error, ErrorKind, Fidelity, Handle, Key, MissReason, NvmePlace, PartStatus, SUM_CHUNK_BYTES,
+    Tier, Version,
 };
 use kvkeep_tiers::dram::{Pinned, Purpose};
+use kvkeep_tiers::io::IoBuf;
 use kvkeep_tiers::nvme::{Expect, Read, padded};
+use rand::Rng as _;
 
 use super::Store;
 use super::inflight::Flight;
 use super::journal::{Moved, Subject};
 use super::put::Caller;
+
+/// Looks at where a part is before a get gives it up.
+const TURNS_MAX: usize = 4;
 
 /// One part, or a range of it.
 #[derive(Clone, Debug)]
@@ -33,6 +39,17 @@ pub struct PartRead {
     pub version: Option<Version>,
     /// Least that is accepted.
     pub fidelity: Fidelity,
+}
+
+/// What of a DRAM copy is compared with its sums before it is given away. Its entry always is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Compare {
+    /// Every chunk that the range touches.
+    All,
+    /// One of them.
+    One,
+    /// None.
+    None,
 }
 
 /// What came of it.
@@ -55,52 +72,104 @@ pub enum Fetched {
     Bad(Error),
 }
 
+/// What came of a part whose reader offers memory of its own.
+#[derive(Debug)]
+pub enum Obtained {
+    /// Here it is, or why it is not.
+    Fetched(Fetched),
+    /// Verified bytes, read from NVMe straight into that memory.
+    Landed(Box<BlockMeta>),
+}
+
 impl Store {
     /// Reads one part. Doubt is a miss, counted and explained.
-    pub async fn fetch(self: &Arc<Self>, caller: Caller, handle: Handle, read: PartRead) -> Fetched {
-        let fetched = self.fetch_uncounted(caller, handle, read).await;
-        match &fetched {
-            Fetched::Hit { range, tier, .. } => {
-                let parts =
-                    if *tier == Tier::Dram { &self.counters.get_dram_parts } else { &self.counters.get_nvme_parts };
-                parts.one();
-                self.counters.get_bytes.add(range.len() as u64);
-                self.first_hit();
-            }
-            Fetched::No(_, reason) => self.counters.missed(*reason),
-            Fetched::Bad(_) => {}
+    pub async fn fetch(self: &Arc<Self>, caller: Caller, handle: Handle, read: PartRead, compare: Compare) -> Fetched {
+        match self.fetch_or_land(caller, handle, read, compare, |_| None).await {
+            Obtained::Fetched(fetched) => fetched,
+            Obtained::Landed(_) => unreachable!("nothing lands where no memory is given"),
         }
-        fetched
     }
 
-    async fn fetch_uncounted(self: &Arc<Self>, caller: Caller, handle: Handle, read: PartRead) -> Fetched {
+    /// The same, but where the block is on NVMe alone and not used often, the device reads it straight into the memory that
+    /// `landing` gives for so many bytes, if it gives any. That is asked at most once per try, and only for a whole part
+    /// without padding.
+    pub async fn fetch_or_land(
+        self: &Arc<Self>,
+        caller: Caller,
+        handle: Handle,
+        read: PartRead,
+        compare: Compare,
+        landing: impl FnOnce(u64) -> Option<IoBuf>,
+    ) -> Obtained {
+        let obtained = self.obtain(caller, handle, read, compare, landing).await;
+        match &obtained {
+            Obtained::Landed(meta) => {
+                self.counters.get_straight_parts.one();
+                self.served(Tier::Nvme, u64::from(meta.len));
+            }
+            Obtained::Fetched(Fetched::Hit { range, tier, .. }) => self.served(*tier, range.len() as u64),
+            Obtained::Fetched(Fetched::No(_, reason)) => self.counters.missed(*reason),
+            Obtained::Fetched(Fetched::Bad(_)) => {}
+        }
+        obtained
+    }
+
+    fn served(&self, tier: Tier, bytes: u64) {
+        let parts = if tier == Tier::Dram { &self.counters.get_dram_parts } else { &self.counters.get_nvme_parts };
+        parts.one();
+        self.counters.get_bytes.add(bytes);
+        self.first_hit();
+    }
+
+    async fn obtain(
+        self: &Arc<Self>,
+        caller: Caller,
+        handle: Handle,
+        read: PartRead,
+        compare: Compare,
+        landing: impl FnOnce(u64) -> Option<IoBuf>,
+    ) -> Obtained {
+        let no = |status, reason| Obtained::Fetched(Fetched::No(status, reason));
+        let bad = |error| Obtained::Fetched(Fetched::Bad(error));
+        let mut landing = Some(landing);
         // A copy can move between the look-up and the read (evicted, promoted); each turn looks again.
-        for _ in 0..3 {
+        for _ in 0..TURNS_MAX {
             let Some(found) = self.directory.lock().locate(&read.id.digest, read.id.group, read.id.shard) else {
-                return self.absent(&read);
+                return Obtained::Fetched(self.absent(&read));
             };
             if found.handle != handle {
-                return Fetched::No(PartStatus::Miss, MissReason::Revision);
+                return no(PartStatus::Miss, MissReason::Revision);
             }
             if read.version.is_some_and(|v| v != found.version) {
-                return Fetched::No(PartStatus::Miss, MissReason::Removed);
+                return no(PartStatus::Miss, MissReason::Removed);
             }
             if found.fidelity > read.fidelity {
-                return Fetched::No(PartStatus::Miss, MissReason::Format);
+                return no(PartStatus::Miss, MissReason::Format);
             }
             if let Some(slot) = found.slot
                 && let Some(part) = self.arena.pin(slot)
             {
-                match self.check_dram(&read, &found, &part) {
+                match self.check_dram(&read, &found, &part, compare) {
                     Ok(Some((meta, range))) => {
-                        return Fetched::Hit { part, meta: Box::new(meta), range, tier: Tier::Dram };
+                        let meta = Box::new(meta);
+                        return Obtained::Fetched(Fetched::Hit { part, meta, range, tier: Tier::Dram });
                     }
                     Ok(None) => {
                         drop(part);
                         self.dram_copy_is_bad(&read.id, slot).await;
                         continue;
                     }
-                    Err(e) => return Fetched::Bad(e),
+                    Err(e) => return bad(e),
+                }
+            }
+            if self.may_land(&read, &found)
+                && let Some(buf) = landing.take().and_then(|landing| landing(u64::from(found.len)))
+            {
+                match self.read_straight(&read, &found, buf).await {
+                    Ok(meta) => return Obtained::Landed(meta),
+                    Err(Flight::No(status, reason)) => return no(status, reason),
+                    // Moved or damaged meanwhile: look again; there is no second landing.
+                    Err(_) => continue,
                 }
             }
             match self.read_up(caller, &read.id, handle, Some(&read.key), &found, Purpose::Promote).await {
@@ -108,17 +177,18 @@ impl Store {
                     Ok(range) => {
                         let Ok(meta) = part.meta() else { continue };
                         if meta.key != read.key || meta.version != found.version {
-                            return Fetched::No(PartStatus::Miss, MissReason::Quarantined);
+                            return no(PartStatus::Miss, MissReason::Quarantined);
                         }
-                        return Fetched::Hit { part, meta: Box::new(meta), range, tier: Tier::Nvme };
+                        let meta = Box::new(meta);
+                        return Obtained::Fetched(Fetched::Hit { part, meta, range, tier: Tier::Nvme });
                     }
-                    Err(e) => return Fetched::Bad(e),
+                    Err(e) => return bad(e),
                 },
                 Flight::Again => {}
-                Flight::No(status, reason) => return Fetched::No(status, reason),
+                Flight::No(status, reason) => return no(status, reason),
             }
         }
-        Fetched::No(PartStatus::Throttled, MissReason::Pending)
+        no(PartStatus::Throttled, MissReason::Pending)
     }
 
     fn absent(&self, read: &PartRead) -> Fetched {
@@ -147,14 +217,22 @@ impl Store {
         read: &PartRead,
         found: &Located,
         part: &Pinned,
+        compare: Compare,
     ) -> Result<Option<(BlockMeta, std::ops::Range<usize>)>, Error> {
         let range = self.range_of(read, part.len())?;
         let Ok(meta) = part.meta() else { return Ok(None) };
         if meta.id != read.id || meta.key != read.key || meta.version != found.version {
             return Ok(None);
         }
-        let first = range.start / SUM_CHUNK_BYTES;
-        let last = range.end.div_ceil(SUM_CHUNK_BYTES);
+        let (mut first, mut last) = (range.start / SUM_CHUNK_BYTES, range.end.div_ceil(SUM_CHUNK_BYTES));
+        match compare {
+            Compare::All => {}
+            Compare::One => {
+                first = rand::rng().random_range(first..last);
+                last = first + 1;
+            }
+            Compare::None => return Ok(Some((meta, range))),
+        }
         let covered = &part[first * SUM_CHUNK_BYTES..(last * SUM_CHUNK_BYTES).min(part.len())];
         Ok(meta.sums.first_mismatch(first, covered).is_none().then_some((meta, range)))
     }
@@ -165,6 +243,55 @@ impl Store {
         self.arena.quarantine(slot);
         self.directory.lock().drop_slot(id, slot, MissReason::Quarantined);
         self.journal.note(&id.digest, Happening::Quarantined, Tier::Dram, Some(MissReason::Quarantined));
+    }
+
+    /// Whether a part may be read past the arena: all of it, in whole pages, and not so often used that DRAM should have it.
+    fn may_land(&self, read: &PartRead, found: &Located) -> bool {
+        let whole = read.offset == 0 && (read.length == 0 || read.length == u64::from(found.len));
+        let uses = self.config.nvme.promote_at_use;
+        whole
+            && found.place.is_some()
+            && padded(found.len) == found.len as usize
+            && (uses == 0 || found.accesses < uses)
+    }
+
+    /// Reads a part from NVMe into a buffer of the caller's.
+    async fn read_straight(&self, read: &PartRead, found: &Located, buf: IoBuf) -> Result<Box<BlockMeta>, Flight> {
+        let (Some(nvme), Some(place)) = (self.nvme.as_ref(), found.place) else { return Err(Flight::Again) };
+        let expect = Expect {
+            id: read.id,
+            handle: found.handle,
+            key: Some(read.key.clone()),
+            version: found.version,
+            len: found.len,
+        };
+        let answer = nvme.get(&expect, place, buf).await;
+        self.judge(&read.id, place, answer).map(|(meta, _)| {
+            self.counters.nvme_read_bytes.add(u64::from(found.len));
+            meta
+        })
+    }
+
+    /// What a read of NVMe came to; the directory is told where it found no such copy.
+    fn judge(&self, id: &BlockId, place: NvmePlace, read: Read) -> Result<(Box<BlockMeta>, IoBuf), Flight> {
+        match read {
+            Read::Ok { meta, payload } => Ok((meta, payload)),
+            Read::Stale => {
+                self.directory.lock().drop_place(id, place, MissReason::Evicted);
+                Err(Flight::Again)
+            }
+            Read::Corrupt(why) => {
+                tracing::error!(block = ?id, %why, "an NVMe copy failed its check: quarantined");
+                self.counters.corrupt_copies.one();
+                self.directory.lock().drop_place(id, place, MissReason::Quarantined);
+                self.journal.note(&id.digest, Happening::Quarantined, Tier::Nvme, Some(MissReason::Quarantined));
+                Err(Flight::Again)
+            }
+            Read::Io(error) => {
+                tracing::error!(block = ?id, %error, "an NVMe read failed");
+                Err(Flight::No(PartStatus::Miss, MissReason::Io))
+            }
+        }
     }
 
     /// Brings one part up from NVMe into a slot, once for all who wait for it.
@@ -188,48 +315,32 @@ impl Store {
                 let expect = Expect { id, handle, key, version: found.version, len: found.len };
                 let into = slot.io_buf();
                 debug_assert_eq!(into.len(), padded(found.len), "a slot is its payload rounded up to whole pages");
-                match nvme.get(&expect, place, into).await {
-                    Read::Ok { meta, payload } => {
+                let answer = nvme.get(&expect, place, into).await;
+                let meta = match store.judge(&id, place, answer) {
+                    Ok((meta, payload)) => {
+                        // The slot may be published once its buffer is back.
                         drop(payload);
-                        store.counters.nvme_read_bytes.add(u64::from(found.len));
-                        let at = match slot.publish(&meta) {
-                            Ok(at) => at,
-                            Err(error) => {
-                                tracing::error!(block = ?id, %error, "a block that was read could not be published");
-                                return Flight::No(PartStatus::Miss, MissReason::Io);
-                            }
-                        };
-                        let Some(part) = store.arena.pin(at) else { return Flight::Again };
-                        if store.directory.lock().set_slot(&id, found.version, at) {
-                            store.counters.promoted_parts.one();
-                            store.journal.moved(&Subject::of(&meta), Moved::Promoted, Tier::Dram);
-                        } else {
-                            // Gone or promoted by another way meanwhile; the pin keeps the bytes for who asked.
-                            store.arena.free(at);
-                        }
-                        Flight::Ready(part)
+                        meta
                     }
-                    Read::Stale => {
-                        store.directory.lock().drop_place(&id, place, MissReason::Evicted);
-                        Flight::Again
+                    Err(other) => return other,
+                };
+                store.counters.nvme_read_bytes.add(u64::from(found.len));
+                let at = match slot.publish(&meta) {
+                    Ok(at) => at,
+                    Err(error) => {
+                        tracing::error!(block = ?id, %error, "a block that was read could not be published");
+                        return Flight::No(PartStatus::Miss, MissReason::Io);
                     }
-                    Read::Corrupt(why) => {
-                        tracing::error!(block = ?id, %why, "an NVMe copy failed its check: quarantined");
-                        store.counters.corrupt_copies.one();
-                        store.directory.lock().drop_place(&id, place, MissReason::Quarantined);
-                        store.journal.note(
-                            &id.digest,
-                            Happening::Quarantined,
-                            Tier::Nvme,
-                            Some(MissReason::Quarantined),
-                        );
-                        Flight::Again
-                    }
-                    Read::Io(error) => {
-                        tracing::error!(block = ?id, %error, "an NVMe read failed");
-                        Flight::No(PartStatus::Miss, MissReason::Io)
-                    }
+                };
+                let Some(part) = store.arena.pin(at) else { return Flight::Again };
+                if store.directory.lock().set_slot(&id, found.version, at) {
+                    store.counters.promoted_parts.one();
+                    store.journal.moved(&Subject::of(&meta), Moved::Promoted, Tier::Dram);
+                } else {
+                    // Gone or promoted by another way meanwhile; the pin keeps the bytes for who asked.
+                    store.arena.free(at);
                 }
+                Flight::Ready(part)
             })
             .await
     }

@@ -71,6 +71,12 @@ impl Store {
         counters.insert("kvkeep_dirty_bytes".into(), self.behind.dirty_bytes());
         counters.insert("kvkeep_arena_pinned_bytes".into(), usage.pinned_bytes);
         counters.insert("kvkeep_arena_quarantined_bytes".into(), usage.quarantined_bytes);
+        let (mapped, (regions, region_bytes)) = (self.mapped_usage(), self.region_usage());
+        counters.insert("kvkeep_mapped_slots".into(), mapped.slots);
+        counters.insert("kvkeep_mapped_bytes".into(), mapped.bytes);
+        counters.insert("kvkeep_mapped_orphaned_bytes".into(), mapped.orphaned_bytes);
+        counters.insert("kvkeep_regions".into(), regions);
+        counters.insert("kvkeep_region_bytes".into(), region_bytes);
         v1::StatsReply {
             positions: totals.positions,
             blocks: totals.parts,

@@ -164,9 +164,16 @@ impl Store {
             let mut directory = self.directory.lock();
             let ours = directory.lease_info(*id).is_some_and(|l| l.instance == caller.instance);
             released += u32::from(ours && directory.release(*id));
+            drop(directory);
+            // Held for this instance alone, so another's lease is not touched; one that ended by itself is given back too.
+            self.mapped.release(caller.instance, *id);
         }
         for request in requests {
-            released += u32::from(self.directory.lock().release_request(caller.instance, request));
+            let lease = self.directory.lock().lease_of_request(caller.instance, request);
+            if let Some(id) = lease {
+                released += u32::from(self.directory.lock().release(id));
+                self.mapped.release(caller.instance, id);
+            }
         }
         self.room.notify_waiters();
         released

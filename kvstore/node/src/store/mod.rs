@@ -18,14 +18,16 @@ pub mod inspect;
 pub mod journal;
 pub mod load;
 pub mod lookup;
+mod mapped;
 pub mod namespaces;
 pub mod open;
 pub mod put;
 mod rates;
+mod regions;
 pub mod reservations;
 mod room;
 mod warm;
-mod write;
+pub mod write;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -59,6 +61,8 @@ use reservations::{ReservationId, Reservations};
 pub const SLICE_KEYS: usize = 256;
 /// Prefetch reads under way at a time.
 const PREFETCH_READS_MAX: usize = 16;
+/// Parts of one get into regions that wait for the device at a time.
+const READS_AHEAD_MAX: usize = 64;
 
 /// One node's store.
 pub struct Store {
@@ -76,6 +80,8 @@ pub struct Store {
     pub journal: Journal,
     /// Connections and engine instances.
     pub instances: Arc<Instances>,
+    /// Where else this node is reached, once its listeners are bound.
+    pub ways: std::sync::OnceLock<Ways>,
     /// How fast tiers have been.
     pub rates: Rates,
     /// Findings at start, and what an operator should know.
@@ -88,6 +94,8 @@ pub struct Store {
     arena: Arena,
     nvme: Option<NvmeStore>,
     flights: inflight::Flights,
+    mapped: mapped::Mapped,
+    regions: regions::Regions,
     behind: behind::Behind,
     /// Told when memory was freed, or may have been.
     room: Notify,
@@ -101,6 +109,15 @@ pub struct Store {
     tasks: tokio_util::task::TaskTracker,
     /// Held for as long as the store is open: two nodes on one data folder are refused.
     _lock: std::fs::File,
+}
+
+/// Where the block protocol is spoken; told in every hello.
+#[derive(Clone, Debug, Default)]
+pub struct Ways {
+    /// TCP; 0: nowhere.
+    pub block_port: u16,
+    /// Absolute path; empty: nowhere.
+    pub unix_socket: String,
 }
 
 /// Answer to a registration.
@@ -124,7 +141,7 @@ impl Store {
         }
         match via {
             // The socket's peers are known by their uid; a token is theirs to use, not to need.
-            Via::Unix { uid } if token.is_empty() => {
+            Via::Unix { uid, .. } if token.is_empty() => {
                 let own = uid == 0 || uid == rustix::process::getuid().as_raw();
                 Ok(Identity { admin: own, ..Identity::default_admin() })
             }
@@ -217,6 +234,8 @@ impl Store {
 
     fn end_instance(&self, instance: InstanceId) {
         while self.directory.lock().end_instance(instance, SLICE_KEYS) {}
+        self.mapped.end_instance(instance);
+        self.end_regions(instance);
         let reservations = self.reservations.lock().end_instance(instance);
         self.counters.reservations_abandoned.add(reservations as u64);
         tracing::debug!(%instance, reservations, "instance ended");
@@ -253,6 +272,20 @@ impl Store {
                 .unwrap_or(1)
         };
         (self.config.limits.get_read_ahead_bytes.0 / largest.max(1)) as usize
+    }
+
+    /// How many parts of a get into regions to work on at a time: one per processor where all are in DRAM, as many as
+    /// `limits.get_read_ahead_bytes` lets wait for the device where one is not.
+    pub fn reads_ahead(&self, reads: &[PartRead]) -> usize {
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
+        let below = {
+            let directory = self.directory.lock();
+            reads
+                .iter()
+                .take(SLICE_KEYS)
+                .any(|r| directory.locate(&r.id.digest, r.id.group, r.id.shard).is_some_and(|l| l.slot.is_none()))
+        };
+        if below { self.parts_ahead(reads).clamp(cores, READS_AHEAD_MAX) } else { cores }
     }
 
     fn first_hit(&self) {

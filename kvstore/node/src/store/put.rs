@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use futures_util::{StreamExt as _, stream};
 use kvkeep_core::catalogue::Namespace;
+use kvkeep_core::checksum::RunningSums;
 use kvkeep_core::directory::{Inserted, Placed, RemovedPart};
 use kvkeep_core::{
     BlockId, BlockMeta, ChunkSums, Class, Digest, Error, ErrorKind, Fidelity, Format, GroupId, Handle, InstanceId, Key,
@@ -290,6 +291,7 @@ impl Store {
             token_ids: Arc::clone(&position.token_ids),
             slot,
             written: 0,
+            sums: RunningSums::default(),
         };
         let ends = self.clock.monotonic().after(self.reservation_term());
         let reservation_id = ReservationId(rand::random());
@@ -348,7 +350,8 @@ impl Store {
                 .with("bytes", wanted));
         }
         let mut meta = reservation.meta.clone();
-        meta.sums = ChunkSums::of(slot.bytes()?);
+        // Made as the bytes landed in the slot, which nobody but this reservation's writer can have touched since.
+        meta.sums = std::mem::take(&mut reservation.sums).finish();
         if !client_sums.is_empty() && client_sums != meta.sums.as_slice() {
             self.reservations.lock().finish(id);
             return Err(Error::new(

@@ -11,6 +11,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
+use kvkeep_core::checksum::RunningSums;
 use kvkeep_core::ids::BlockId;
 use kvkeep_core::{BlockMeta, Class, Error, ErrorKind, InstanceId, Instant, Result, TenantId};
 use kvkeep_tiers::dram::Reserved;
@@ -40,6 +41,8 @@ pub struct Reservation {
     pub slot: Option<Reserved>,
     /// Bytes landed, all from offset 0 on.
     pub written: u32,
+    /// Their sums.
+    pub sums: RunningSums,
 }
 
 #[derive(Debug)]

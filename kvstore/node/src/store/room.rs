@@ -108,15 +108,21 @@ impl Store {
             let found = self.directory.lock().locate(&id.digest, id.group, id.shard);
             // What the directory does not know is on its way in or out.
             let Some(found) = found.filter(|f| f.slot == Some(slot)) else { continue };
-            if self.may_drop(&id, found.place.is_some(), found.leased) {
+            if self.may_drop(&id, found.place.is_some(), found.leased, Some(slot)) {
                 freed |= self.drop_dram(&id, slot);
             }
         }
         freed
     }
 
-    fn may_drop(&self, id: &BlockId, on_nvme: bool, leased: bool) -> bool {
-        on_nvme || (!leased && !self.behind.is_queued(id))
+    /// A leased block leaves DRAM where NVMe has it, except from under a client that reads it in place. (Without the lease
+    /// it may: its memory is then kept, see `mapped`.)
+    fn may_drop(&self, id: &BlockId, on_nvme: bool, leased: bool, slot: Option<SlotRef>) -> bool {
+        match (on_nvme, leased) {
+            (true, false) => true,
+            (true, true) => !slot.is_some_and(|slot| self.arena.is_pinned(slot)),
+            (false, leased) => !leased && !self.behind.is_queued(id),
+        }
     }
 
     /// Frees at least `bytes` of DRAM by policy, or what can be found; answers how many.
@@ -128,7 +134,7 @@ impl Store {
                 break;
             }
             let Some(victim) = self.directory.lock().victim(Tier::Dram, now) else { break };
-            let held = |p: &VictimPart| !self.may_drop(&block(&victim, p), p.place.is_some(), victim.leased);
+            let held = |p: &VictimPart| !self.may_drop(&block(&victim, p), p.place.is_some(), victim.leased, p.slot);
             if victim.parts.iter().any(held) {
                 self.directory.lock().defer(&victim.digest, Tier::Dram);
                 continue;

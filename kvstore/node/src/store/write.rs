@@ -3,7 +3,11 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use kvkeep_client::convert;
 use kvkeep_core::{Error, ErrorKind, Result};
+use kvkeep_proto::v1;
+
+use kvkeep_tiers::copy::copy_cold;
 
 use super::Store;
 use super::put::Caller;
@@ -35,6 +39,19 @@ impl Writer {
     /// # Errors
     /// `TooLarge` where the call touches more reservations than one call may.
     pub fn chunk(&mut self, id: ReservationId, offset: u64, data: &[u8]) -> Result<()> {
+        if let Some(room) = self.room(id, offset, data.len())? {
+            copy_cold(room, data);
+            self.landed(id, data.len());
+        }
+        Ok(())
+    }
+
+    /// Where the next `len` bytes of a reservation go, to be told of by [`Self::landed`]. `None`: nowhere, for the reservation
+    /// has ended, perhaps just now for a chunk that does not continue it.
+    ///
+    /// # Errors
+    /// As [`Self::chunk`].
+    pub fn room(&mut self, id: ReservationId, offset: u64, len: usize) -> Result<Option<&mut [u8]>> {
         let at = match self.index.get(&id) {
             Some(at) => *at,
             None if self.touched.len() == OPEN_RESERVATIONS_MAX => {
@@ -54,22 +71,42 @@ impl Writer {
                 at
             }
         };
-        let Some(reservation) = self.open.get_mut(&id) else { return Ok(()) };
-        match land(reservation, offset, data) {
-            Ok(()) => self.touched[at].2 = reservation.written,
-            Err(e) => {
-                self.touched[at].1 = Some(e);
-                self.open.remove(&id);
-                self.store.reservations.lock().finish(id);
-                self.store.counters.reservations_abandoned.one();
-            }
+        if let Some(Err(e)) = self.open.get_mut(&id).map(|r| check(r, offset, len)) {
+            self.touched[at].1 = Some(e);
+            self.open.remove(&id);
+            self.store.reservations.lock().finish(id);
+            self.store.counters.reservations_abandoned.one();
         }
-        Ok(())
+        let Some(reservation) = self.open.get_mut(&id) else { return Ok(None) };
+        let start = reservation.written as usize;
+        let slot = reservation.slot.as_mut().map(|slot| slot.bytes_mut()).transpose()?;
+        Ok(slot.and_then(|bytes| bytes.get_mut(start..start + len)))
+    }
+
+    /// So many bytes are where [`Self::room`] said. Their sums are made now, while the bytes are in the cache.
+    pub fn landed(&mut self, id: ReservationId, len: usize) {
+        let Some(reservation) = self.open.get_mut(&id) else { return };
+        let start = reservation.written as usize;
+        if let Some(bytes) = reservation.slot.as_ref().and_then(|slot| slot.bytes().ok())
+            && let Some(landed) = bytes.get(start..start + len)
+        {
+            reservation.sums.add(landed);
+        }
+        reservation.written += len as u32;
+        if let Some(at) = self.index.get(&id) {
+            self.touched[*at].2 = reservation.written;
+        }
     }
 
     /// Ends the call: per reservation touched, the bytes landed so far or why it was abandoned.
-    pub fn finish(mut self) -> Vec<(ReservationId, Option<Error>, u32)> {
-        std::mem::take(&mut self.touched)
+    pub fn finish(mut self) -> v1::WriteReply {
+        let touched = std::mem::take(&mut self.touched).into_iter();
+        let results = touched.map(|(id, error, written)| v1::WriteResult {
+            reservation_id: id.0,
+            bytes: u64::from(written),
+            error: error.as_ref().map(convert::error_to_proto),
+        });
+        v1::WriteReply { results: results.collect() }
     }
 }
 
@@ -82,23 +119,43 @@ impl Drop for Writer {
     }
 }
 
-fn land(reservation: &mut Reservation, offset: u64, data: &[u8]) -> Result<()> {
+/// Whether a chunk continues its reservation.
+fn check(reservation: &Reservation, offset: u64, bytes: usize) -> Result<()> {
     let (written, len) = (reservation.written, reservation.meta.len);
     if offset != u64::from(written) {
         return Err(Error::new(ErrorKind::InvalidArgument, "a chunk must start where the last one ended")
             .with("offset", offset)
             .with("written", written));
     }
-    let end = offset + data.len() as u64;
+    let end = offset.saturating_add(bytes as u64);
     if end > u64::from(len) {
         return Err(Error::new(ErrorKind::WrongSize, "more bytes than were reserved")
             .with("end", end)
             .with("bytes", len));
     }
-    let Some(slot) = reservation.slot.as_mut() else {
+    if reservation.slot.is_none() {
         return Err(Error::new(ErrorKind::InvalidArgument, "an upgrade brings no bytes: commit it"));
-    };
-    slot.write_at(written as usize, data)?;
-    reservation.written = end as u32;
+    }
     Ok(())
+}
+
+impl Store {
+    /// Fills a reservation's slot by one copy of all its bytes, and sums what landed. Whatever `copy` answers is given back;
+    /// on its error the reservation is as it was.
+    ///
+    /// # Errors
+    /// Of `copy`; `Expired` and `Conflict` where the reservation is not there to be written.
+    pub fn fill<T>(&self, caller: Caller, id: ReservationId, copy: impl FnOnce(&mut [u8]) -> Result<T>) -> Result<T> {
+        let mut reservation = self.reservations.lock().take(id, caller.tenant)?;
+        let filled = (|| {
+            let slot = reservation.slot.as_mut().filter(|_| reservation.written == 0);
+            let slot = slot.ok_or_else(|| Error::new(ErrorKind::Conflict, "the reservation takes no bytes"))?;
+            let copied = copy(slot.bytes_mut()?)?;
+            reservation.sums.add(slot.bytes()?);
+            reservation.written = reservation.meta.len;
+            Ok(copied)
+        })();
+        self.reservations.lock().give_back(id, reservation);
+        filled
+    }
 }

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::io::ErrorKind as IoErrorKind;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -16,8 +16,8 @@ use super::adopt::{self, AdoptionReport};
 use super::file::Cell;
 use super::grow::{self, FixedRegion, FolderLock, Registrar};
 use super::layout::{decode_entry, encode_entry, entry_names, slot_units};
-use super::memory::{Reading, Writing};
-use super::slot::{PinGauge, Pinned, Purpose, Reserved, SlotAt, SlotEnd};
+use super::memory::{Reading, UNIT_BYTES, Writing};
+use super::slot::{PinGauge, Pinned, Purpose, Reserved, Site, SlotAt, SlotEnd};
 use super::state::{Place, State};
 use super::usage::{self, ArenaUsage};
 use super::{ArenaConfig, NoRoom, pages, reclaim};
@@ -78,6 +78,19 @@ impl Shared {
     /// Whether a slot's entry is of this block and key.
     pub(super) fn names(&self, end: &SlotEnd, id: &BlockId, key: &[u8]) -> bool {
         self.with_entry(end, |entry| entry_names(entry, id, key)).unwrap_or(false)
+    }
+
+    /// Where a slot and its entry lie in their file.
+    pub(super) fn site(&self, end: &SlotEnd) -> Option<Site> {
+        let state = self.state.lock();
+        let (extent, slot) = state.file(end.at.file)?.slot(end.at.unit)?;
+        let entry = extent.shape.start as usize * UNIT_BYTES + slot as usize * extent.shape.entry_bytes();
+        Some(Site {
+            file: end.nonce,
+            offset: u64::from(end.at.unit) * UNIT_BYTES as u64,
+            entry: entry as u64,
+            generation: end.at.generation,
+        })
     }
 
     fn with_entry<T>(&self, end: &SlotEnd, read: impl FnOnce(&[u8]) -> T) -> Option<T> {
@@ -214,6 +227,15 @@ impl Arena {
         Some(Pinned::new(memory))
     }
 
+    /// Whether somebody reads a published slot now.
+    pub fn is_pinned(&self, slot: SlotRef) -> bool {
+        let at = SlotAt::unpack(slot);
+        let state = self.shared().state.lock();
+        let cell =
+            state.file(at.file).and_then(|f| f.slot(at.unit)).map(|(extent, number)| &extent.cells[number as usize]);
+        matches!(cell, Some(Cell::Published(memory)) if memory.end().at == at && memory.end().pins.load(Ordering::Relaxed) > 0)
+    }
+
     /// Unpublishes a slot: gone for new pins now, its memory reused when the last pin and I/O buffer are. `false` where it
     /// was gone already.
     pub fn free(&self, slot: SlotRef) -> bool {
@@ -271,6 +293,24 @@ impl Arena {
             self.shared().wake.notify_one();
         }
         victims
+    }
+
+    /// A file of this tenant, open for reading only, and its length in bytes: what a process that may map the arena is given.
+    /// The file belongs to the tenant as long as it exists.
+    ///
+    /// # Errors
+    /// `InvalidArgument` where the tenant has no such file (any more); `Io` where it cannot be opened.
+    pub fn open_file(&self, tenant: TenantId, nonce: u64) -> Result<(std::fs::File, u64)> {
+        let found = {
+            let state = self.shared().state.lock();
+            let mut files = state.all_files();
+            files.find(|f| f.nonce == nonce && f.tenant == Some(tenant)).map(|f| (f.path.clone(), f.bytes()))
+        };
+        let (path, bytes) =
+            found.ok_or_else(|| Error::new(ErrorKind::InvalidArgument, "the arena has no such file of this tenant"))?;
+        let file = std::fs::File::open(&path)
+            .map_err(|e| grow::io_error("cannot open an arena file for a reader", &path, &e))?;
+        Ok((file, bytes))
     }
 
     /// Figures of this moment.

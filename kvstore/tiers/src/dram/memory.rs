@@ -313,51 +313,6 @@ impl<E: Send + Sync + 'static> Reading<E> {
     }
 }
 
-/// Copies of at least this many bytes go around the cache: the destination will be read by a disk or a socket, later.
-pub const STREAM_COPY_BYTES_MIN: usize = 64 * 1024;
-
-/// `copy_from_slice` for a destination that is not in the cache: long copies use non-temporal stores where the CPU has AVX2.
-///
-/// # Panics
-/// If the lengths differ.
-pub fn copy_cold(to: &mut [u8], from: &[u8]) {
-    assert_eq!(to.len(), from.len(), "a copy fills its destination");
-    #[cfg(target_arch = "x86_64")]
-    if from.len() >= STREAM_COPY_BYTES_MIN && std::arch::is_x86_feature_detected!("avx2") {
-        // SAFETY: the CPU has AVX2.
-        unsafe { copy_stream(to, from) };
-        return;
-    }
-    to.copy_from_slice(from);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn copy_stream(to: &mut [u8], from: &[u8]) {
-    use std::arch::x86_64::{__m256i, _mm_sfence, _mm256_loadu_si256, _mm256_stream_si256};
-    const LINES: usize = 4 * 32;
-    // A streaming store wants 32-byte alignment; slots have it, ranges inside of them may not.
-    let head = to.as_ptr().align_offset(32).min(to.len());
-    to[..head].copy_from_slice(&from[..head]);
-    let (to, from) = (&mut to[head..], &from[head..]);
-    let whole = to.len() / LINES * LINES;
-    let (to_lines, to_tail) = to.split_at_mut(whole);
-    let (from_lines, from_tail) = from.split_at(whole);
-    for (to, from) in to_lines.chunks_exact_mut(LINES).zip(from_lines.chunks_exact(LINES)) {
-        let (to, from) = (to.as_mut_ptr().cast::<__m256i>(), from.as_ptr().cast::<__m256i>());
-        // SAFETY: both chunks have 128 bytes; `to` is 32-byte aligned (`head`, and 128 is a multiple of 32).
-        unsafe {
-            let lines = [0, 1, 2, 3].map(|i| _mm256_loadu_si256(from.add(i)));
-            for (i, line) in lines.into_iter().enumerate() {
-                _mm256_stream_si256(to.add(i), line);
-            }
-        }
-    }
-    to_tail.copy_from_slice(from_tail);
-    // Streaming stores are not ordered with the store that publishes them; this orders them.
-    _mm_sfence();
-}
-
 fn allocate(file: &File, len: usize) -> io::Result<()> {
     let len = libc::off_t::try_from(len).map_err(io::Error::other)?;
     // SAFETY: a system call on a descriptor we own.
@@ -427,16 +382,5 @@ mod tests {
         assert!(m.take(1, 1).is_none(), "an engine still reads it");
         drop(lent);
         assert!(m.take(1, 1).is_some());
-    }
-
-    #[test]
-    fn a_streamed_copy_is_a_copy_at_any_alignment() {
-        let from: Vec<u8> = (0..3 * STREAM_COPY_BYTES_MIN).map(|i| (i * 7 + i / 256) as u8).collect();
-        for (shift, len) in [(0, from.len() - 64), (1, STREAM_COPY_BYTES_MIN), (31, 100_001), (17, 12)] {
-            let mut to = vec![0u8; len + 64];
-            copy_cold(&mut to[shift..shift + len], &from[shift + 1..=shift + len]);
-            assert_eq!(to[shift..shift + len], from[shift + 1..=shift + len]);
-            assert!(to[..shift].iter().chain(&to[shift + len..]).all(|b| *b == 0));
-        }
     }
 }

@@ -38,8 +38,8 @@ use kvkeep_core::{Error, ErrorKind, Result};
 pub use adopt::AdoptionReport;
 pub use arena::{Arena, Slots};
 pub use grow::{FixedRegion, Registrar};
-pub use memory::{STREAM_COPY_BYTES_MIN, UNIT_BYTES, copy_cold};
-pub use slot::{Pinned, Purpose, Reserved};
+pub use memory::UNIT_BYTES;
+pub use slot::{Pinned, Purpose, Reserved, Site};
 pub use usage::{ArenaUsage, Stranded, TenantUsage};
 
 /// How long a place that was emptied for one size or tenant is kept for it, seconds.

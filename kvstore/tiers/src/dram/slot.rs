@@ -10,7 +10,8 @@ use kvkeep_core::ids::{BlockId, TenantId};
 use kvkeep_core::{BlockMeta, ChunkSums, Error, ErrorKind, Result, SlotRef};
 
 use super::arena::Shared;
-use super::memory::{Reading, UNIT_BYTES, Writing, copy_cold};
+use super::memory::{Reading, UNIT_BYTES, Writing};
+use crate::copy::copy_cold;
 use crate::io::buf::IoBuf;
 
 /// What memory is wanted for. Each has a reserve of its own; `Put` has none and leaves the others' alone.
@@ -209,6 +210,19 @@ impl fmt::Debug for Reserved {
     }
 }
 
+/// Where a slot lies, for a process that mapped its file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Site {
+    /// Nonce of the file.
+    pub file: u64,
+    /// Of the payload in the file, bytes.
+    pub offset: u64,
+    /// Of the slot's entry in the file, bytes.
+    pub entry: u64,
+    /// What the entry holds as long as the slot is this block's.
+    pub generation: u64,
+}
+
 /// A readable slot. Its bytes stay what they are for as long as this, a clone, or any `Bytes` or [`IoBuf`] made of it lives,
 /// whether or not the slot has been freed meanwhile.
 pub struct Pinned {
@@ -253,6 +267,12 @@ impl Pinned {
     pub fn holds(&self, id: &BlockId, key: &[u8]) -> bool {
         let end = self.memory.end();
         end.shared.upgrade().is_some_and(|shared| shared.names(end, id, key))
+    }
+
+    /// Where another process that mapped the file finds it. `None` when the arena is gone.
+    pub fn site(&self) -> Option<Site> {
+        let end = self.memory.end();
+        end.shared.upgrade()?.site(end)
     }
 
     /// The whole slot, zero-padded to 4 KiB, as the source of a write.

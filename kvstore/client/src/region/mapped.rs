@@ -1,0 +1,186 @@
+//! The server's memory, read in place: nothing is copied. For processes on the server's host that it trusts.
+//!
+//! A lease holds the slots; [`Client::release`](crate::Client::release) (or
+//! [`Client::post_release`](crate::Client::post_release), which does not wait) gives them back. A slot that is held is not
+//! used for anything else, even when the lease ends before its client wakes up; the generation in its entry is compared all
+//! the same, behind every copy.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+use std::time::Duration;
+
+use kvkeep_core::ids::{GroupId, ShardId, Version};
+use kvkeep_core::{MissReason, PartStatus};
+use kvkeep_proto::v1;
+use kvkeep_proto::v1::envelope::Message;
+use parking_lot::Mutex;
+
+use super::memory::Memory;
+use crate::block::conn::Conn;
+use crate::convert;
+use crate::error::{Error, Result};
+use crate::matching::Match;
+
+/// Files kept mapped; more than an arena has.
+const FILES_MAX: usize = 1024;
+/// What the entry of a slot in use begins with: `docs/formats.md`, arena file.
+const PUBLISHED: u32 = u32::from_le_bytes(*b"PUBL");
+/// Where its generation is.
+const GENERATION_AT: usize = 8;
+
+/// Files of the server's arena that this process has mapped, by nonce.
+#[derive(Default)]
+pub(crate) struct Files(Mutex<HashMap<u64, Arc<Memory>>>);
+
+/// A match, and where its blocks lie.
+#[derive(Clone, Debug)]
+pub struct MappedMatch {
+    /// The match; its lease holds the parts.
+    pub found: Match,
+    /// The parts of the positions up to the boundary, in order. Empty where this client cannot read in place.
+    pub parts: Vec<MappedPart>,
+}
+
+/// One part.
+#[derive(Clone, Debug)]
+pub struct MappedPart {
+    /// Index of its key.
+    pub item: usize,
+    /// Its group.
+    pub group: GroupId,
+    /// Its shard.
+    pub shard: ShardId,
+    /// A hit, `loading` where it is on NVMe only (get it, or prefetch it and match again), or a miss.
+    pub status: PartStatus,
+    /// Why it is no hit.
+    pub reason: Option<MissReason>,
+    /// Where it lies, where it is a hit.
+    pub block: Option<MappedBlock>,
+}
+
+/// A block in the server's memory.
+#[derive(Clone, Debug)]
+pub struct MappedBlock {
+    file: Arc<Memory>,
+    offset: usize,
+    len: usize,
+    entry: usize,
+    generation: u64,
+    /// Of the put that made the bytes.
+    pub version: Version,
+}
+
+impl MappedBlock {
+    /// Bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Never: a block has at least one byte.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Where it starts in this process: read-only memory, for a DMA or a copy of the caller's own. Behind it ask
+    /// [`Self::is_still_there`].
+    pub fn as_ptr(&self) -> *const u8 {
+        self.file.as_ptr().wrapping_add(self.offset)
+    }
+
+    /// Whether the slot was this block's all the while until now. `false`: what was read is worthless.
+    pub fn is_still_there(&self) -> bool {
+        // What was read before is read before the words are.
+        fence(Ordering::Acquire);
+        let word = |at| self.file.word(self.entry + at).load(Ordering::Acquire);
+        let low = u64::from(u32::from_le(word(GENERATION_AT)));
+        let high = u64::from(u32::from_le(word(GENERATION_AT + 4)));
+        u32::from_le(word(0)) == PUBLISHED && (high << 32 | low) == self.generation
+    }
+
+    /// Copies it out; `false`: it is gone, and `to` holds nothing.
+    ///
+    /// # Panics
+    /// If `to` has another length.
+    #[must_use]
+    pub fn copy_to(&self, to: &mut [u8]) -> bool {
+        assert_eq!(to.len(), self.len, "a copy takes the whole block");
+        self.file.copy_out(self.offset, to);
+        self.is_still_there()
+    }
+}
+
+impl Files {
+    /// Reads the answer to a map, opening files that are not mapped yet on the connection it came from.
+    pub(crate) async fn read(
+        &self,
+        conn: &mut Conn,
+        parts: Vec<v1::MappedPart>,
+        patience: Duration,
+    ) -> Result<Vec<MappedPart>> {
+        let mut out = Vec::with_capacity(parts.len());
+        for part in parts {
+            let status = convert::status_from_proto(part.status).unwrap_or(PartStatus::Miss);
+            let block = match status {
+                PartStatus::Hit => Some(self.block(conn, &part, patience).await?),
+                _ => None,
+            };
+            out.push(MappedPart {
+                item: part.item as usize,
+                group: GroupId(u16::try_from(part.group).map_err(|_| Error::protocol("a group over 65535"))?),
+                shard: ShardId(u16::try_from(part.shard).map_err(|_| Error::protocol("a shard over 65535"))?),
+                status,
+                reason: convert::reason_opt_from_proto(part.reason),
+                block,
+            });
+        }
+        Ok(out)
+    }
+
+    async fn block(&self, conn: &mut Conn, part: &v1::MappedPart, patience: Duration) -> Result<MappedBlock> {
+        let known = self.0.lock().get(&part.file).cloned();
+        let file = match known {
+            Some(file) => file,
+            None => self.open(conn, part.file, patience).await?,
+        };
+        let bytes = file.len() as u64;
+        let fits = |at: u64, len: u64| at.checked_add(len).is_some_and(|end| end <= bytes);
+        let entry = usize::try_from(part.entry).ok().filter(|at| at.is_multiple_of(8) && fits(part.entry, 64));
+        match (entry, fits(part.offset, part.length) && part.length > 0, convert::version_from_proto(part.version)) {
+            (Some(entry), true, Some(version)) => Ok(MappedBlock {
+                file,
+                offset: part.offset as usize,
+                len: part.length as usize,
+                entry,
+                generation: part.generation,
+                version,
+            }),
+            _ => Err(Error::protocol("a mapped part lies outside of its file")),
+        }
+    }
+
+    async fn open(&self, conn: &mut Conn, nonce: u64, patience: Duration) -> Result<Arc<Memory>> {
+        const VERB: &str = "open_file";
+        let wish = Message::OpenFile(v1::OpenFileRequest { file: nonce });
+        let Message::OpenFileReply(reply) = conn.call(VERB, wish, patience).await? else {
+            return Err(Error::protocol("open_file was answered with something else"));
+        };
+        let descriptor = conn
+            .frames()
+            .take_descriptor()
+            .ok_or_else(|| Error::protocol("a file of the arena came without its descriptor"))?;
+        let bytes =
+            usize::try_from(reply.length).map_err(|_| Error::protocol("a file larger than the address space"))?;
+        let mapped = Memory::map(descriptor, 0, bytes, false).and_then(|m| m.keep_from_children().map(|()| m));
+        let mapped = mapped
+            .map_err(|e| Error::config("a file of the arena cannot be mapped").with("bytes", bytes).caused_by(e))?;
+        let mapped = Arc::new(mapped);
+        let mut files = self.0.lock();
+        if files.len() >= FILES_MAX {
+            // Those that nobody reads now; one that is asked for again is opened again.
+            files.retain(|_, file| Arc::strong_count(file) > 1);
+        }
+        files.insert(nonce, Arc::clone(&mapped));
+        Ok(mapped)
+    }
+}

@@ -1,0 +1,121 @@
+//! Regions of clients: registered by one instance, used by all its connections, gone with it.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvkeep_core::{Error, ErrorKind, InstanceId, Result};
+use kvkeep_proto::v1;
+use kvkeep_tiers::region::Region;
+use parking_lot::Mutex;
+
+use super::Store;
+use crate::connection::Via;
+
+/// How long an unregistration waits for calls that use the region.
+const UNREGISTER_WAIT: Duration = Duration::from_secs(10);
+
+/// All regions of a node.
+#[derive(Default)]
+pub struct Regions(Mutex<HashMap<InstanceId, Registered>>);
+
+#[derive(Default)]
+struct Registered {
+    regions: HashMap<u32, Arc<Region>>,
+    last_id: u32,
+    bytes: u64,
+}
+
+impl Store {
+    /// Takes a descriptor as a region of this instance. Blocks: every page is entered into the page table.
+    ///
+    /// # Errors
+    /// As [`Region::new`]; `TooLarge` and `Throttled` name the bound.
+    pub fn register_region(
+        &self,
+        instance: InstanceId,
+        via: Via,
+        offset: u64,
+        length: u64,
+        descriptor: Option<OwnedFd>,
+    ) -> Result<v1::RegisterRegionReply> {
+        if !matches!(via, Via::Unix { .. }) {
+            return Err(Error::new(ErrorKind::Denied, "regions are registered on the Unix socket"));
+        }
+        let descriptor = descriptor
+            .ok_or_else(|| Error::new(ErrorKind::InvalidArgument, "a region's descriptor comes beside its message"))?;
+        let limits = &self.config.limits;
+        let may = |registered: Option<&Registered>| {
+            let (count, bytes) = registered.map_or((0, 0), |r| (r.regions.len(), r.bytes));
+            if count >= limits.regions_max as usize {
+                return Err(Error::new(ErrorKind::Throttled, "this instance has too many regions; unregister some")
+                    .with("limits.regions_max", limits.regions_max));
+            }
+            if bytes.saturating_add(length) > limits.region_bytes_max.0 {
+                return Err(Error::new(ErrorKind::TooLarge, "this instance registers too much memory")
+                    .with("limits.region_bytes_max", limits.region_bytes_max)
+                    .with("registered_bytes", bytes)
+                    .with("length", length));
+            }
+            Ok(())
+        };
+        // Asked before the memory is mapped, and again when it is.
+        may(self.regions.0.lock().get(&instance))?;
+        let region = Arc::new(Region::new(descriptor, offset, length, via.may_map(&self.config.auth))?);
+        let mapped = region.is_mapped();
+        let mut all = self.regions.0.lock();
+        may(all.get(&instance))?;
+        let registered = all.entry(instance).or_default();
+        registered.last_id += 1;
+        registered.bytes += length;
+        registered.regions.insert(registered.last_id, region);
+        Ok(v1::RegisterRegionReply { region_id: registered.last_id, mapped })
+    }
+
+    /// A region of this instance.
+    pub fn region(&self, instance: InstanceId, id: u32) -> Result<Arc<Region>> {
+        let all = self.regions.0.lock();
+        all.get(&instance).and_then(|r| r.regions.get(&id)).cloned().ok_or_else(|| {
+            Error::new(ErrorKind::Expired, "no such region of this instance: register it again").with("region_id", id)
+        })
+    }
+
+    /// Forgets a region; answers when no call touches it any more.
+    ///
+    /// # Errors
+    /// `Expired` where there is none; `Unavailable` where calls went on using it.
+    pub async fn unregister_region(&self, instance: InstanceId, id: u32) -> Result<()> {
+        let region = {
+            let mut all = self.regions.0.lock();
+            let removed = all.get_mut(&instance).and_then(|registered| {
+                let region = registered.regions.remove(&id)?;
+                registered.bytes -= region.len();
+                Some(region)
+            });
+            removed.ok_or_else(|| {
+                Error::new(ErrorKind::Expired, "no such region of this instance").with("region_id", id)
+            })?
+        };
+        let until = Instant::now() + UNREGISTER_WAIT;
+        while Arc::strong_count(&region) > 1 {
+            if Instant::now() >= until {
+                return Err(Error::new(ErrorKind::Unavailable, "calls still use the region").with("region_id", id));
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        Ok(())
+    }
+
+    pub(super) fn end_regions(&self, instance: InstanceId) {
+        let gone = self.regions.0.lock().remove(&instance);
+        // Outside of the lock: unmapping takes its time.
+        drop(gone);
+    }
+
+    /// How many regions are registered, and their bytes.
+    pub fn region_usage(&self) -> (u64, u64) {
+        let all = self.regions.0.lock();
+        (all.values().map(|r| r.regions.len() as u64).sum(), all.values().map(|r| r.bytes).sum())
+    }
+}

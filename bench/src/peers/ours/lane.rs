@@ -51,7 +51,8 @@ impl What {
 
 /// One client.
 pub struct Lane {
-    runtime: tokio::runtime::Runtime,
+    /// Taken by `drop`.
+    runtime: Option<tokio::runtime::Runtime>,
     client: Client,
     namespace: Namespace,
     memory: Arc<Memory>,
@@ -64,6 +65,15 @@ pub struct Lane {
     buffer: Option<Pages>,
     region: Option<Region>,
     requests: u64,
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        // Dropped on a thread of another runtime, which refuses to wait for this one.
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
 }
 
 /// The key of a block.
@@ -101,7 +111,7 @@ impl Lane {
             (0..blocks).for_each(|n| region.write(n * BLOCK_BYTES, &memory.block(lane * blocks + n)));
         }
         Ok(Self {
-            runtime,
+            runtime: Some(runtime),
             client,
             namespace,
             memory: Arc::clone(memory),
@@ -128,6 +138,7 @@ impl Lane {
     fn once(&mut self, what: What) -> anyhow::Result<Duration> {
         let Self { runtime, client, namespace, memory, batch, first, at, buffer, region, requests, .. } = self;
         let (batch, at) = (*batch, *at);
+        let runtime = runtime.as_ref().context("a lane has a runtime")?;
         *requests += 1;
         let call = Call::of(RequestId::new(&requests.to_be_bytes()).expect("8 bytes are not over 64"));
         let items =

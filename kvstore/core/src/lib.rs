@@ -20,6 +20,7 @@ pub mod error;
 pub mod events;
 pub mod format;
 pub mod history;
+pub mod holds;
 pub mod ids;
 pub mod lease;
 mod policy;

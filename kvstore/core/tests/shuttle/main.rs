@@ -10,4 +10,5 @@
 
 mod call_word;
 mod explore;
+mod holds;
 mod slot_entry;

@@ -8,6 +8,8 @@
 //! A failure prints its schedule: `shuttle::replay(scenario, "<that schedule>")` in place of the `explore` call runs it
 //! again, and again, under a debugger if need be.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod call_word;
 mod explore;
 mod holds;

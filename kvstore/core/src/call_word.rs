@@ -14,7 +14,18 @@
 //! One atomic step on each side decides: either the server counted itself in before the client revoked, and the client sees
 //! it, or it sees the revocation. Nothing else is needed, and nobody waits for anybody.
 //!
-//! Written over a trait, so that a test can put its own scheduler under it (`tests/shuttle.rs`).
+//! A word is one call's. It serves another only where the call was answered: a server that has not begun yet when the
+//! client revokes looks at the word whenever it wakes up, and must find it revoked then.
+//!
+//! The order of the bytes around it follows from the word alone, since every step is a read-modify-write (or a load) of
+//! it that acquires and releases. A client that finds the count at 0 reads what the server's last step wrote, or
+//! something later in the same chain of steps: all that was copied happens before it. A server that is let in comes
+//! before the revocation in the order of the word; its copy ends before its last step, and it takes what it copied for
+//! the client's only where that step, too, comes before the revocation, and so before whatever the client writes behind
+//! it. (Streaming stores are fenced by the copy.)
+//!
+//! Written over a trait, so that a test can put its own scheduler under it (`tests/shuttle`). That scheduler explores
+//! sequentially consistent interleavings only; the rest is the paragraph above.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 

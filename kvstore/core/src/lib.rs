@@ -4,8 +4,9 @@
 //! looks) -> [`words`] (tiers, classes, statuses, reasons) -> [`block`] (what is known of a stored block) -> [`checksum`]
 //! -> [`error`]. Then the decisions: [`catalogue`] (tenants, namespaces, revisions) -> [`directory`] (what is where, what
 //! matches, what goes next; `policy` orders it) -> [`lease`] (what stays readable) -> [`history`] (why something is absent)
-//! -> [`events`] (what watchers are told), and [`call_word`] (whose memory it is while a call is under way). [`size`] reads
-//! and writes numbers of bytes.
+//! -> [`events`] (what watchers are told). And the steps that processes take side by side: [`call_word`] (whose memory it is
+//! while a call is under way), [`slot_entry`] (whether a slot is still the block's that was read), [`holds`] (which slots are
+//! kept for readers). [`size`] reads and writes numbers of bytes.
 //!
 //! This crate does no I/O, starts no thread, reads no clock (time is passed in as [`ids::Instant`]) and knows neither
 //! RocksDB, tonic, tokio nor CUDA, directly or through anything else; `tests/tests/rooms.rs` asserts it.
@@ -19,10 +20,12 @@ pub mod error;
 pub mod events;
 pub mod format;
 pub mod history;
+pub mod holds;
 pub mod ids;
 pub mod lease;
 mod policy;
 pub mod size;
+pub mod slot_entry;
 pub mod words;
 
 pub use block::{BlockMeta, NvmePlace, SlotRef};

@@ -7,10 +7,11 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use kvkeep_core::ids::{GroupId, ShardId, Version};
+use kvkeep_core::slot_entry::{EntryReader, is_still};
 use kvkeep_core::{MissReason, PartStatus};
 use kvkeep_proto::v1;
 use kvkeep_proto::v1::envelope::Message;
@@ -24,10 +25,6 @@ use crate::matching::Match;
 
 /// Files kept mapped; more than an arena has.
 const FILES_MAX: usize = 1024;
-/// What the entry of a slot in use begins with: `docs/formats.md`, arena file.
-const PUBLISHED: u32 = u32::from_le_bytes(*b"PUBL");
-/// Where its generation is.
-const GENERATION_AT: usize = 8;
 
 /// Files of the server's arena that this process has mapped, by nonce.
 #[derive(Default)]
@@ -90,12 +87,7 @@ impl MappedBlock {
 
     /// Whether the slot was this block's all the while until now. `false`: what was read is worthless.
     pub fn is_still_there(&self) -> bool {
-        // What was read before is read before the words are.
-        fence(Ordering::Acquire);
-        let word = |at| self.file.word(self.entry + at).load(Ordering::Acquire);
-        let low = u64::from(u32::from_le(word(GENERATION_AT)));
-        let high = u64::from(u32::from_le(word(GENERATION_AT + 4)));
-        u32::from_le(word(0)) == PUBLISHED && (high << 32 | low) == self.generation
+        is_still(self, self.generation)
     }
 
     /// Copies it out; `false`: it is gone, and `to` holds nothing.
@@ -107,6 +99,12 @@ impl MappedBlock {
         assert_eq!(to.len(), self.len, "a copy takes the whole block");
         self.file.copy_out(self.offset, to);
         self.is_still_there()
+    }
+}
+
+impl EntryReader for MappedBlock {
+    fn load_first(&self, at: usize) -> u32 {
+        u32::from_le(self.file.word(self.entry + at).load(Ordering::Acquire))
     }
 }
 

@@ -174,6 +174,11 @@ impl Region {
         self.0.memory.copy_in(offset, from);
     }
 
+    /// Whether both are the same memory.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     pub(crate) fn memory(&self) -> &Memory {
         &self.0.memory
     }

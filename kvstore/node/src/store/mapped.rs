@@ -1,20 +1,14 @@
-//! Slots that clients read in place. A map pins each slot for as long as a client may look at it:
-//!
-//! ```text
-//! map under a lease ──> Held (instance, lease): pins, charged to the instance
-//!     release of the lease ───────────────────────────────────────────────> let go
-//!     the lease ends by itself: nothing changes. Its slots leave the directory like any other, and their memory stays as it
-//!         is (quarantined) ── release, or ↓
-//!     end of the instance (its connections are closed) ──> Orphans ── every process that got a file has ended ──> let go
-//! ```
-//! A client that was stopped in the middle of a read may therefore go on reading whenever it wakes up. What it costs is
-//! bounded by `limits.mapped_bytes_max` per instance.
+//! Slots that clients read in place. A map holds each slot for as long as a client may look at it, past the end of its
+//! lease and past the end of its instance: `kvkeep_core::holds` has the rules. A client that was stopped in the middle
+//! of a read may therefore go on reading whenever it wakes up. What it costs is bounded by `limits.mapped_bytes_max`
+//! per instance.
 
-use std::collections::HashMap;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use kvkeep_client::convert;
+use kvkeep_core::holds::{Held, Hold, Holds, HoldsUsage, Process};
 use kvkeep_core::{BlockId, Digest, Error, ErrorKind, InstanceId, LeaseId, MissReason, PartStatus, Result, SlotRef};
 use kvkeep_proto::v1;
 use kvkeep_tiers::dram::Pinned;
@@ -29,64 +23,43 @@ use crate::failpoint;
 /// Processes of one instance that may hold the arena's files.
 const READERS_MAX: usize = 256;
 
-/// What one client holds.
+/// All slots held for mapped reads. Its lock is taken inside of the directory's.
 #[derive(Default)]
-struct Reader {
-    leases: HashMap<LeaseId, HashMap<SlotRef, Pinned>>,
-    bytes: u64,
-    /// Processes that were given a file of the arena: (process id, its descriptor).
-    processes: Vec<(u32, OwnedFd)>,
+pub struct Mapped(Mutex<Holds<MappedSlot, Mapper>>);
+
+/// A pinned slot.
+struct MappedSlot(Pinned);
+
+impl Hold for MappedSlot {
+    type Slot = SlotRef;
+
+    fn slot(&self) -> SlotRef {
+        self.0.slot()
+    }
+
+    fn bytes(&self) -> u64 {
+        self.0.padded_len() as u64
+    }
 }
 
-/// All slots held for mapped reads.
-#[derive(Default)]
-pub struct Mapped(Mutex<State>);
-
-#[derive(Default)]
-struct State {
-    readers: HashMap<InstanceId, Reader>,
-    /// Of instances that have ended, while one of their processes lives.
-    orphans: Vec<Reader>,
+/// A process that was given a file of the arena, and what says that it has ended.
+struct Mapper {
+    pid: u32,
+    process: OwnedFd,
 }
 
-/// Numbers for metrics.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct MappedUsage {
-    /// Slots held for instances that live.
-    pub slots: u64,
-    /// Their bytes.
-    pub bytes: u64,
-    /// Bytes held for processes whose instance has ended.
-    pub orphaned_bytes: u64,
+impl Process for Mapper {
+    fn has_ended(&self) -> bool {
+        let mut poll = [PollFd::new(&self.process, PollFlags::IN)];
+        // A descriptor that cannot be polled is one that says nothing: the process counts as alive.
+        rustix::event::poll(&mut poll, Some(&rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|n| n > 0)
+    }
 }
 
 impl Mapped {
-    /// Holds a slot under a lease. `false`: over the bound, and not held.
-    fn hold(&self, instance: InstanceId, lease: LeaseId, pin: Pinned, bytes_max: u64) -> bool {
-        let mut state = self.0.lock();
-        let reader = state.readers.entry(instance).or_default();
-        let bytes = pin.padded_len() as u64;
-        let slots = reader.leases.entry(lease).or_default();
-        if slots.contains_key(&pin.slot()) {
-            return true;
-        }
-        if reader.bytes + bytes > bytes_max {
-            return false;
-        }
-        slots.insert(pin.slot(), pin);
-        reader.bytes += bytes;
-        true
-    }
-
-    /// Gives back what a lease of this instance held.
+    /// Gives back what a lease of this instance held. The lease has ended in the directory before.
     pub(super) fn release(&self, instance: InstanceId, lease: LeaseId) {
-        let released = {
-            let mut state = self.0.lock();
-            let Some(reader) = state.readers.get_mut(&instance) else { return };
-            let released = reader.leases.remove(&lease);
-            reader.bytes -= released.iter().flat_map(HashMap::values).map(|p| p.padded_len() as u64).sum::<u64>();
-            released
-        };
+        let released = self.0.lock().release(instance, lease);
         // Outside of the lock: the last hold on a slot takes the arena's.
         drop(released);
     }
@@ -96,13 +69,12 @@ impl Mapped {
     /// # Errors
     /// `Throttled` where the instance has [`READERS_MAX`] processes, `Denied` where the process cannot be watched.
     pub fn admit(&self, instance: InstanceId, pid: u32) -> Result<()> {
-        let mut state = self.0.lock();
-        let reader = state.readers.entry(instance).or_default();
-        if reader.processes.iter().any(|(known, process)| *known == pid && !ended(process)) {
+        let mut holds = self.0.lock();
+        let processes = holds.processes(instance);
+        if processes.iter().any(|known| known.pid == pid) {
             return Ok(());
         }
-        reader.processes.retain(|(_, process)| !ended(process));
-        if reader.processes.len() == READERS_MAX {
+        if processes.len() == READERS_MAX {
             return Err(Error::new(ErrorKind::Throttled, "too many processes of this instance map the arena")
                 .with("processes_max", READERS_MAX)
                 .retry_after(NO_ROOM_RETRY));
@@ -118,45 +90,27 @@ impl Mapped {
                 )
                 .with("pid", pid)
             })?;
-        reader.processes.push((pid, process));
+        processes.push(Arc::new(Mapper { pid, process }));
         Ok(())
     }
 
-    /// The instance has ended; its slots go once each of its processes has.
+    /// The instance has ended, its leases in the directory before it; its slots go once each of its processes has.
     pub(super) fn end_instance(&self, instance: InstanceId) {
-        let mut state = self.0.lock();
-        if let Some(reader) = state.readers.remove(&instance) {
-            state.orphans.push(reader);
-        }
-        drop(state);
+        self.0.lock().end_instance(instance);
         self.bury();
     }
 
     /// Lets go of what nobody can read any more.
     pub(super) fn bury(&self) {
-        let gone: Vec<Reader> = {
-            let mut state = self.0.lock();
-            state.orphans.extract_if(.., |r| r.processes.iter().all(|(_, process)| ended(process))).collect()
-        };
+        let gone = self.0.lock().bury();
+        // As in `release`.
         drop(gone);
     }
 
     /// Numbers of this moment.
-    pub fn usage(&self) -> MappedUsage {
-        let state = self.0.lock();
-        MappedUsage {
-            slots: state.readers.values().flat_map(|r| r.leases.values()).map(|s| s.len() as u64).sum(),
-            bytes: state.readers.values().map(|r| r.bytes).sum(),
-            orphaned_bytes: state.orphans.iter().map(|r| r.bytes).sum(),
-        }
+    pub fn usage(&self) -> HoldsUsage {
+        self.0.lock().usage()
     }
-}
-
-/// Whether the process behind a pidfd has ended.
-fn ended(process: &OwnedFd) -> bool {
-    let mut poll = [PollFd::new(process, PollFlags::IN)];
-    // A descriptor that cannot be polled is one that says nothing: the process counts as alive.
-    rustix::event::poll(&mut poll, Some(&rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|n| n > 0)
 }
 
 impl Store {
@@ -240,7 +194,18 @@ impl Store {
         }
         let crc32 = if sums { pin.sums().map(|s| s.as_slice().to_vec()).unwrap_or_default() } else { Vec::new() };
         let length = pin.len() as u64;
-        if !self.mapped.hold(caller.instance, lease, pin, self.config.limits.mapped_bytes_max.0) {
+        let bytes_max = self.config.limits.mapped_bytes_max.0;
+        let held = {
+            // Held while the lease is certain to be there: a hold that came behind its release, or behind the end of its
+            // instance, would be nobody's to give back.
+            let directory = self.directory.lock();
+            if !directory.lease_holds(lease, &id.digest) {
+                drop(directory);
+                return Ok(missing(id, MissReason::Removed));
+            }
+            self.mapped.0.lock().hold(caller.instance, lease, MappedSlot(pin), bytes_max)
+        };
+        if let Held::TooMuch(_) = held {
             return Err(Error::new(
                 ErrorKind::Throttled,
                 "this instance holds too much for mapped reads: release leases",
@@ -274,7 +239,7 @@ impl Store {
     }
 
     /// Numbers of the mapped reads.
-    pub fn mapped_usage(&self) -> MappedUsage {
+    pub fn mapped_usage(&self) -> HoldsUsage {
         self.mapped.usage()
     }
 }

@@ -20,9 +20,9 @@ use kvkeep_tiers::dram::Reserved;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ReservationId(pub u64);
 
-/// Everything the commit will need.
+/// Everything the commit will need. `S` is the memory; a test puts its own there.
 #[derive(Debug)]
-pub struct Reservation {
+pub struct Reservation<S = Reserved> {
     /// Whose it is.
     pub instance: InstanceId,
     /// What will be stored; version and sums are filled in at commit.
@@ -38,7 +38,7 @@ pub struct Reservation {
     /// Tokens of the position; for watchers.
     pub token_ids: Arc<[u32]>,
     /// The memory; `None` for an upgrade, which brings no bytes.
-    pub slot: Option<Reserved>,
+    pub slot: Option<S>,
     /// Bytes landed, all from offset 0 on.
     pub written: u32,
     /// Their sums.
@@ -46,16 +46,16 @@ pub struct Reservation {
 }
 
 #[derive(Debug)]
-enum State {
-    Idle(Box<Reservation>),
+enum State<S> {
+    Idle(Box<Reservation<S>>),
     Writing,
     /// Ended while its bytes were with a Write call.
     Ended,
 }
 
 #[derive(Debug)]
-struct Entry {
-    state: State,
+struct Entry<S> {
+    state: State<S>,
     instance: InstanceId,
     tenant: TenantId,
     block: BlockId,
@@ -65,15 +65,15 @@ struct Entry {
 
 /// All reservations of a node.
 #[derive(Debug)]
-pub struct Reservations {
-    entries: HashMap<ReservationId, Entry>,
+pub struct Reservations<S = Reserved> {
+    entries: HashMap<ReservationId, Entry<S>>,
     by_block: HashMap<BlockId, ReservationId>,
     by_end: BTreeSet<(Instant, ReservationId)>,
     bytes: u64,
     bytes_max: u64,
 }
 
-impl Reservations {
+impl<S> Reservations<S> {
     /// `bytes_max`: reserved and not yet committed, all clients together.
     pub fn new(bytes_max: u64) -> Self {
         Self { entries: HashMap::new(), by_block: HashMap::new(), by_end: BTreeSet::new(), bytes: 0, bytes_max }
@@ -100,7 +100,7 @@ impl Reservations {
     }
 
     /// Adds one; `false` (and nothing is kept) where the block is reserved already or the bound is reached.
-    pub fn add(&mut self, id: ReservationId, reservation: Reservation, ends: Instant) -> bool {
+    pub fn add(&mut self, id: ReservationId, reservation: Reservation<S>, ends: Instant) -> bool {
         let len = if reservation.slot.is_some() { reservation.meta.len } else { 0 };
         let block = reservation.meta.id;
         if self.by_block.contains_key(&block) || self.entries.contains_key(&id) || !self.has_room(u64::from(len)) {
@@ -115,7 +115,7 @@ impl Reservations {
         true
     }
 
-    fn forget(&mut self, id: ReservationId) -> Option<Entry> {
+    fn forget(&mut self, id: ReservationId) -> Option<Entry<S>> {
         let entry = self.entries.remove(&id)?;
         self.by_block.remove(&entry.block);
         self.by_end.remove(&(entry.ends, id));
@@ -123,7 +123,7 @@ impl Reservations {
         Some(entry)
     }
 
-    fn find(&mut self, id: ReservationId, tenant: TenantId) -> Result<&mut Entry> {
+    fn find(&mut self, id: ReservationId, tenant: TenantId) -> Result<&mut Entry<S>> {
         self.entries.get_mut(&id).filter(|e| e.tenant == tenant).ok_or_else(|| {
             Error::new(
                 ErrorKind::Expired,
@@ -134,7 +134,7 @@ impl Reservations {
     }
 
     /// Takes the bytes out to be written by one call; they come back by [`Reservations::give_back`].
-    pub fn take(&mut self, id: ReservationId, tenant: TenantId) -> Result<Box<Reservation>> {
+    pub fn take(&mut self, id: ReservationId, tenant: TenantId) -> Result<Box<Reservation<S>>> {
         let entry = self.find(id, tenant)?;
         match std::mem::replace(&mut entry.state, State::Writing) {
             State::Idle(reservation) => Ok(reservation),
@@ -147,7 +147,7 @@ impl Reservations {
     }
 
     /// Returns what [`Reservations::take`] gave. Dropped instead, with its slot, where the reservation ended meanwhile.
-    pub fn give_back(&mut self, id: ReservationId, reservation: Box<Reservation>) {
+    pub fn give_back(&mut self, id: ReservationId, reservation: Box<Reservation<S>>) {
         match self.entries.get_mut(&id) {
             Some(entry) if matches!(entry.state, State::Writing) => entry.state = State::Idle(reservation),
             Some(_) => drop(self.forget(id)),
@@ -196,3 +196,6 @@ impl Reservations {
         n
     }
 }
+
+#[cfg(test)]
+mod tests;

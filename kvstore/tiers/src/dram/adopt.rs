@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use kvkeep_core::slot_entry::STATE_PUBLISHED;
 use kvkeep_core::{BlockMeta, Result, SlotRef};
 use parking_lot::Mutex;
 
@@ -16,7 +17,7 @@ use super::arena::Shared;
 use super::file::{ArenaFile, Cell};
 use super::grow::{index_of, io_error, path_of};
 use super::layout::{
-    EXTENTS_MAX, FileHeader, HEADER_BYTES, RECORD_BYTES, STATE_PUBLISHED, Shape, decode_entry, entry_state, slot_units,
+    EXTENTS_MAX, FileHeader, HEADER_BYTES, RECORD_BYTES, Shape, decode_entry, entry_state, slot_units,
 };
 use super::memory::{Mapping, Reading, Taken, UNIT_BYTES};
 use super::slot::{FILES_MAX, GENERATION_MAX, Purpose, SlotAt, SlotEnd};
@@ -61,6 +62,8 @@ struct Found {
 struct Examined {
     file: Box<ArenaFile>,
     found: Vec<Found>,
+    /// The largest generation of any entry, in use or not.
+    generation: u64,
     torn: u64,
     damaged: u64,
 }
@@ -158,19 +161,21 @@ fn examine(shared: &Shared, index: u16, header: &FileHeader) -> io::Result<Exami
     let mut file = ArenaFile::new(Arc::clone(&mapping), path, header.nonce)
         .ok_or_else(|| io::Error::other("the file is too short"))?;
     file.adopt_header(header);
-    let (mut found, mut torn, mut damaged) = (Vec::new(), 0, 0);
+    let (mut found, mut last, mut torn, mut damaged) = (Vec::new(), 0, 0, 0);
     for record in 0..EXTENTS_MAX {
         let at = HEADER_BYTES + record * RECORD_BYTES;
         let shape = Shape::decode(&file.header_bytes()[at..at + RECORD_BYTES], header.nonce, record, file.units());
         let Some(start) = shape.and_then(|shape| file.adopt_extent(shape, record)) else { continue };
         let extent = file.extents.get_mut(&start).expect("adopted the line before");
         for slot in 0..extent.shape.slots {
-            if entry_state(extent.entry(slot)) != STATE_PUBLISHED {
-                continue;
-            }
             let unit = extent.shape.slot_unit(slot);
             let right = decode_entry(extent.entry(slot), header.nonce, unit, extent.shape.slot_bytes())
                 .filter(|(generation, meta)| (1..=GENERATION_MAX).contains(generation) && meta.tenant == header.tenant);
+            // Of slots that were freed, too: a process that mapped the file in the previous life may still compare with it.
+            last = right.as_ref().map_or(last, |(generation, _)| last.max(*generation));
+            if entry_state(extent.entry(slot)) != STATE_PUBLISHED {
+                continue;
+            }
             let memory = right.as_ref().and_then(|(_, meta)| mapping.take(unit, slot_units(u64::from(meta.len))));
             let (Some((generation, meta)), Some(mut memory)) = (right, memory) else {
                 torn += 1;
@@ -187,7 +192,7 @@ fn examine(shared: &Shared, index: u16, header: &FileHeader) -> io::Result<Exami
             found.push(Found { start, slot, at: SlotAt { file: index, unit, generation }, meta, memory });
         }
     }
-    Ok(Examined { file: Box::new(file), found, torn, damaged })
+    Ok(Examined { file: Box::new(file), found, generation: last, torn, damaged })
 }
 
 /// Offers a file's blocks and puts the file, with those that were taken, into the state.
@@ -197,10 +202,10 @@ fn install(
     offer: &mut dyn FnMut(&BlockMeta, SlotRef) -> bool,
     report: &mut AdoptionReport,
 ) -> Result<()> {
-    let Examined { mut file, found, torn, damaged } = examined;
+    let Examined { mut file, found, generation, torn, damaged } = examined;
     report.torn += torn;
     report.damaged += damaged;
-    let (mut generation, mut used, mut payload, mut blocks) = (0, 0, 0, 0);
+    let (mut used, mut payload, mut blocks) = (0, 0, 0);
     for Found { start, slot, at, meta, memory } in found {
         report.offered += 1;
         let extent = file.extents.get_mut(&start).expect("its slots were found there");
@@ -223,7 +228,6 @@ fn install(
         };
         extent.cells[slot as usize] = Cell::Published(Reading::new(memory, end));
         extent.live += 1;
-        generation = generation.max(at.generation);
         used += slot_bytes;
         payload += u64::from(meta.len);
         blocks += 1;

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use kvkeep_core::ids::TenantId;
+use kvkeep_core::slot_entry::{self, EntryWriter};
 
 use super::layout::{
-    EXTENTS_MAX, FileHeader, HEADER_BYTES, RECORD_BYTES, RECORD_CRC_AT, STATE_EMPTY, STATE_PUBLISHED, Shape,
-    entry_bytes, table_units,
+    EXTENTS_MAX, FileHeader, HEADER_BYTES, RECORD_BYTES, RECORD_CRC_AT, Shape, entry_bytes, table_units,
 };
 use super::memory::{Mapping, Reading, Taken, UNIT_BYTES};
 use super::slot::SlotEnd;
@@ -58,13 +58,17 @@ impl Extent {
 
     /// Writes an entry and makes it count. The slot's payload is complete.
     pub(super) fn publish_entry(&mut self, slot: u32, entry: &[u8]) {
-        let at = slot as usize * self.shape.entry_bytes();
-        self.table.bytes_mut()[at + 4..at + entry.len()].copy_from_slice(&entry[4..]);
-        self.table.store_last(at, STATE_PUBLISHED);
+        slot_entry::publish(&mut self.entry_mut(slot), entry);
     }
 
+    /// Makes an entry count no longer. Whoever reads the slot in place sees that before anything else lies there.
     pub(super) fn clear_entry(&mut self, slot: u32) {
-        self.table.store_last(slot as usize * self.shape.entry_bytes(), STATE_EMPTY);
+        slot_entry::clear(&mut self.entry_mut(slot));
+    }
+
+    fn entry_mut(&mut self, slot: u32) -> EntryMut<'_> {
+        let bytes = self.shape.entry_bytes();
+        EntryMut { start: slot as usize * bytes, bytes, table: &mut self.table }
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -73,6 +77,23 @@ impl Extent {
 
     pub(super) fn table_bytes(&self) -> u64 {
         self.table.len() as u64
+    }
+}
+
+/// One entry of a table.
+struct EntryMut<'a> {
+    table: &'a mut Taken,
+    start: usize,
+    bytes: usize,
+}
+
+impl EntryWriter for EntryMut<'_> {
+    fn write(&mut self, at: usize, bytes: &[u8]) {
+        self.table.bytes_mut()[self.start..self.start + self.bytes][at..at + bytes.len()].copy_from_slice(bytes);
+    }
+
+    fn store_last(&mut self, at: usize, word: u32) {
+        self.table.store_last(self.start + at, word);
     }
 }
 

@@ -42,6 +42,7 @@ use kvkeep_core::checksum::{ChunkSums, SUM_CHUNK_BYTES};
 use kvkeep_core::ids::{
     BlockId, Digest, GroupId, Handle, KEY_BYTES_MAX, Key, NamespaceId, Revision, ShardId, TenantId,
 };
+use kvkeep_core::slot_entry::{GENERATION_AT, STATE_AT, STATE_EMPTY};
 use kvkeep_core::{BlockMeta, Class, Fidelity, Version};
 
 use super::memory::UNIT_BYTES;
@@ -58,11 +59,6 @@ pub(super) const RECORD_BYTES: usize = 32;
 pub(super) const RECORD_CRC_AT: usize = 12;
 /// Most extents of one file.
 pub(super) const EXTENTS_MAX: usize = (UNIT_BYTES - HEADER_BYTES) / RECORD_BYTES;
-
-/// Entry states.
-pub(super) const STATE_EMPTY: u32 = 0;
-/// `PUBL`.
-pub(super) const STATE_PUBLISHED: u32 = u32::from_le_bytes(*b"PUBL");
 
 /// Bytes of an entry before its sums.
 pub(super) const ENTRY_FIXED_BYTES: usize = 216;
@@ -183,7 +179,7 @@ pub(super) fn encode_entry(meta: &BlockMeta, nonce: u64, unit: u32, generation: 
     let sums = meta.sums.as_slice();
     let key = meta.key.as_bytes();
     let mut out = vec![0; ENTRY_FIXED_BYTES + 4 * sums.len()];
-    out[8..16].copy_from_slice(&generation.to_le_bytes());
+    out[GENERATION_AT..GENERATION_AT + 8].copy_from_slice(&generation.to_le_bytes());
     out[16..20].copy_from_slice(&meta.len.to_le_bytes());
     out[20..24].copy_from_slice(&meta.tenant.0.to_le_bytes());
     out[24..28].copy_from_slice(&meta.handle.namespace.0.to_le_bytes());
@@ -213,7 +209,7 @@ pub(super) fn encode_entry(meta: &BlockMeta, nonce: u64, unit: u32, generation: 
 
 /// The state word of an entry.
 pub(super) fn entry_state(entry: &[u8]) -> u32 {
-    u32_at(entry, 0).unwrap_or(STATE_EMPTY)
+    u32_at(entry, STATE_AT).unwrap_or(STATE_EMPTY)
 }
 
 /// Generation and facts; `None` for an entry that is not, in every bit, one that was written for this slot of this file.
@@ -245,7 +241,7 @@ pub(super) fn decode_entry(entry: &[u8], nonce: u64, unit: u32, slot_bytes: u64)
         len,
         sums: ChunkSums::from_slice(&sums),
     };
-    Some((u64_at(entry, 8)?, meta))
+    Some((u64_at(entry, GENERATION_AT)?, meta))
 }
 
 /// Which block an entry is of.

@@ -19,6 +19,8 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 
+use kvkeep_core::slot_entry;
+
 use crate::io::buf::{FixedBuf, IO_ALIGN, IoBuf, Region};
 
 /// Bytes of a unit: what a slot is rounded to, and what O_DIRECT wants.
@@ -153,6 +155,8 @@ impl Mapping {
                 return None;
             }
         }
+        // Processes that mapped the file may still look at what lay here before.
+        slot_entry::reused();
         Some(Taken { mapping: Arc::clone(self), from, units })
     }
 }

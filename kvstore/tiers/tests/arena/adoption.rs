@@ -82,6 +82,29 @@ fn a_killed_server_finds_all_its_published_blocks() {
     assert!(arena.pin(old).is_none());
 }
 
+/// A process that mapped the file compares the generation that it was told, however often the server was started since.
+#[test]
+fn a_generation_that_was_told_is_not_given_to_another_block_after_a_restart() {
+    let dir = folder();
+    let config = config(dir.path());
+    let arena = open_empty(&config);
+    put(&arena, TenantId(0), 0, 4096).unwrap();
+    let slot = put(&arena, TenantId(0), 1, 4096).unwrap();
+    let told = arena.pin(slot).unwrap().site().unwrap();
+    assert!(arena.free(slot));
+    drop(arena);
+
+    let (arena, offered) = adopt_all(&config);
+    assert_eq!(offered.len(), 1);
+    let mut again = false;
+    for n in 2..10 {
+        let site = arena.pin(put(&arena, TenantId(0), n, 4096).unwrap()).unwrap().site().unwrap();
+        assert!(site.generation > told.generation, "{site:?} begins where {told:?} was");
+        again |= (site.file, site.offset, site.entry) == (told.file, told.offset, told.entry);
+    }
+    assert!(again, "the slot was used again");
+}
+
 #[test]
 fn a_refused_block_is_freed_and_not_offered_again() {
     let dir = folder();

@@ -84,7 +84,10 @@ async fn a_client_process() {
                 let mut bytes = vec![0; BYTES];
                 let there = block.copy_to(&mut bytes);
                 assert!(!there, "an evicted block says so");
-                assert!(bytes[..] == payload::block(&keys[part.item], BYTES)[..], "memory was used again under a reader");
+                assert!(
+                    bytes[..] == payload::block(&keys[part.item], BYTES)[..],
+                    "memory was used again under a reader"
+                );
             }
             say("right");
             wait();
@@ -163,7 +166,9 @@ async fn a_client_killed_with_a_thousand_leases_leaves_nothing() {
     drop(hoarder);
     leaks::nothing_is_held(&client).await;
     leaks::eventually(&client, "slots and regions come back", |s| {
-        ["kvkeep_mapped_bytes", "kvkeep_mapped_orphaned_bytes", "kvkeep_regions"].iter().all(|name| s.counters[*name] == 0)
+        ["kvkeep_mapped_bytes", "kvkeep_mapped_orphaned_bytes", "kvkeep_regions"]
+            .iter()
+            .all(|name| s.counters[*name] == 0)
     })
     .await;
     ns.remove(&payload::chain(1, BLOCKS), &Call::default()).await.unwrap();

@@ -262,20 +262,27 @@ impl Directory {
     }
 
     /// The parts of a position that a lease holds, in (group, shard) order; none where it does not hold the position.
-    pub fn leased_parts(&self, lease: LeaseId, digest: &Digest) -> Vec<(GroupId, ShardId, Located)> {
-        if !self.lease_holds(lease, digest) {
-            return Vec::new();
-        }
-        let Some(entry) = self.slab.find(digest).map(|id| &self.slab[id]) else { return Vec::new() };
-        let parts = entry.parts.as_slice().iter();
-        parts.filter_map(|p| Some((p.group(), p.shard(), self.locate(digest, p.group(), p.shard())?))).collect()
+    pub fn leased_parts(
+        &self,
+        lease: LeaseId,
+        digest: &Digest,
+    ) -> impl Iterator<Item = (GroupId, ShardId, Located)> + '_ {
+        let entry = self.slab.find(digest);
+        let held = entry.filter(|id| self.leases.get(lease).is_some_and(|l| l.positions.contains(*id)));
+        held.into_iter().flat_map(move |id| {
+            let e = &self.slab[id];
+            e.parts.as_slice().iter().map(move |p| (p.group(), p.shard(), self.located(e, p)))
+        })
     }
 
     /// Where a part is, if it is readable.
     pub fn locate(&self, digest: &Digest, group: GroupId, shard: ShardId) -> Option<Located> {
         let e = &self.slab[self.slab.find(digest)?];
-        let p = e.parts.find(group, shard)?;
-        Some(Located {
+        Some(self.located(e, e.parts.find(group, shard)?))
+    }
+
+    fn located(&self, e: &Entry, p: &Part) -> Located {
+        Located {
             version: p.version,
             len: p.len,
             class: p.class(),
@@ -285,7 +292,7 @@ impl Directory {
             handle: self.homes.get(e.home).handle,
             leased: e.leases > 0,
             accesses: e.accesses,
-        })
+        }
     }
 
     /// The part has been written to NVMe. `false`: it is gone, another version, or there already; the caller frees the

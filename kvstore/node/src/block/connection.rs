@@ -5,6 +5,7 @@ use std::future::Future;
 use std::io;
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
+use std::task::Poll;
 
 use kvkeep_client::block::frame::Head;
 use kvkeep_client::block::reader::FrameReader;
@@ -286,6 +287,12 @@ impl Reading {
             Ok(ticket) => {
                 let ticket = Arc::new(ticket);
                 let (peer, running) = (Arc::clone(&self.peer), run(Arc::clone(&self.peer), Arc::clone(&ticket)));
+                let mut running = Box::pin(running);
+                // What need not wait is answered by this task: waking another costs more than a copy of some 100 KiB.
+                if let Poll::Ready(answer) = futures_util::poll!(&mut running) {
+                    drop(ticket);
+                    return self.peer.answer(number, answer).await;
+                }
                 tokio::spawn(async move {
                     let envelope = spell(number, running.await);
                     // Off the list before the answer is out: the client may use the number again at once.

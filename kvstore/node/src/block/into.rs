@@ -128,7 +128,7 @@ impl Job {
                 self.item(item, read).await?
             });
             copied += self.into[item].bytes();
-            if copied >= 1 << 20 {
+            if copied >= 1 << 20 && self.next.load(Ordering::Relaxed) < self.get.reads.len() {
                 copied = 0;
                 // A copy of 1 MiB keeps a worker for some 70 us: others get their turn between two.
                 tokio::task::yield_now().await;

@@ -8,10 +8,11 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use kvkeep_client::convert;
+use kvkeep_core::directory::Located;
 use kvkeep_core::holds::{Held, Hold, Holds, HoldsUsage, Process};
 use kvkeep_core::{BlockId, Digest, Error, ErrorKind, InstanceId, LeaseId, MissReason, PartStatus, Result, SlotRef};
 use kvkeep_proto::v1;
-use kvkeep_tiers::dram::Pinned;
+use kvkeep_tiers::dram::{Pinned, Site};
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags};
 
@@ -116,6 +117,9 @@ impl Mapped {
 impl Store {
     /// Where the parts of leased positions lie in DRAM, held for the caller until it releases the lease. `keys`: of the
     /// digests, in the same order.
+    ///
+    /// # Errors
+    /// `Throttled` where the instance would hold more than `limits.mapped_bytes_max`.
     pub fn map_positions(
         &self,
         caller: Caller,
@@ -124,25 +128,30 @@ impl Store {
         keys: &[Bytes],
     ) -> Result<Vec<v1::MappedPart>> {
         let mut parts = Vec::with_capacity(digests.len());
-        for (i, (digests, keys)) in digests.chunks(SLICE_KEYS).zip(keys.chunks(SLICE_KEYS)).enumerate() {
-            let mut found = Vec::with_capacity(digests.len());
+        for (slice, digests) in digests.chunks(SLICE_KEYS).enumerate() {
+            let first = slice * SLICE_KEYS;
+            let mut wanted = Vec::with_capacity(digests.len());
             {
                 let directory = self.directory.lock();
-                for (n, digest) in digests.iter().enumerate() {
-                    for (group, shard, located) in directory.leased_parts(lease, digest) {
-                        found.push((n, BlockId { digest: *digest, group, shard }, located));
-                    }
+                for (n, digest) in (first..).zip(digests) {
+                    let parts = directory.leased_parts(lease, digest);
+                    wanted.extend(parts.map(|(group, shard, found)| Wanted {
+                        item: n as u32,
+                        id: BlockId { digest: *digest, group, shard },
+                        key: &keys[n],
+                        found: Some(found),
+                    }));
                 }
             }
-            for (n, id, located) in found {
-                let part = self.map_part(caller, lease, &id, &keys[n], located.slot, located.version.0, false)?;
-                parts.push(v1::MappedPart { item: (i * SLICE_KEYS + n) as u32, ..part });
-            }
+            self.map(caller, lease, wanted, false, &mut parts)?;
         }
         Ok(parts)
     }
 
     /// The same for single parts. Each must be under the lease.
+    ///
+    /// # Errors
+    /// As [`Self::map_positions`].
     pub fn map_items(
         &self,
         caller: Caller,
@@ -151,85 +160,93 @@ impl Store {
         sums: bool,
     ) -> Result<Vec<v1::MappedPart>> {
         let mut parts = Vec::with_capacity(reads.len());
-        for (item, read) in reads.iter().enumerate() {
-            let found = {
-                let directory = self.directory.lock();
+        for (slice, reads) in reads.chunks(SLICE_KEYS).enumerate() {
+            let first = (slice * SLICE_KEYS) as u32;
+            let directory = self.directory.lock();
+            let find = |(item, read): (u32, &'_ PartRead)| {
                 let held = directory.lease_holds(lease, &read.id.digest);
-                directory.locate(&read.id.digest, read.id.group, read.id.shard).filter(|_| held)
+                let found = directory.locate(&read.id.digest, read.id.group, read.id.shard);
+                let right =
+                    |f: &Located| held && read.version.is_none_or(|v| v == f.version) && f.fidelity <= read.fidelity;
+                (item, found.filter(right))
             };
-            let part = match found {
-                Some(found) if read.version.is_none_or(|v| v == found.version) && found.fidelity <= read.fidelity => {
-                    self.map_part(caller, lease, &read.id, read.key.as_bytes(), found.slot, found.version.0, sums)?
-                }
-                _ => missing(&read.id, MissReason::Removed),
-            };
-            parts.push(v1::MappedPart { item: item as u32, ..part });
+            let found: Vec<_> = (first..).zip(reads).map(find).collect();
+            drop(directory);
+            let wanted = found.into_iter().zip(reads).map(|((item, found), read)| Wanted {
+                item,
+                id: read.id,
+                key: read.key.as_bytes(),
+                found,
+            });
+            self.map(caller, lease, wanted.collect(), sums, &mut parts)?;
         }
         Ok(parts)
     }
 
-    #[expect(clippy::too_many_arguments, reason = "one part of two loops, each of which has them apart")]
-    fn map_part(
+    /// Floor of a slice: one hold of the arena's lock and one of the directory's, whatever its length.
+    fn map(
         &self,
         caller: Caller,
         lease: LeaseId,
-        id: &BlockId,
-        key: &[u8],
-        slot: Option<SlotRef>,
-        version: u64,
+        wanted: Vec<Wanted<'_>>,
         sums: bool,
-    ) -> Result<v1::MappedPart> {
-        let Some(slot) = slot else {
-            return Ok(v1::MappedPart {
-                status: convert::status_to_proto(PartStatus::Loading),
-                ..missing(id, MissReason::Pending)
-            });
-        };
-        let Some((pin, site)) = self.arena.pin(slot).and_then(|p| p.site().map(|site| (p, site))) else {
-            return Ok(missing(id, MissReason::Evicted));
-        };
-        // The full key is compared before anything is told, as with every other way out.
-        if !pin.holds(id, key) {
-            return Ok(missing(id, MissReason::Quarantined));
+        parts: &mut Vec<v1::MappedPart>,
+    ) -> Result<()> {
+        let in_dram = wanted.iter().filter_map(|w| Some((w.found?.slot?, &w.id, w.key)));
+        let mut pinned = self.arena.pin_mapped(in_dram).into_iter();
+        let mut slots = Vec::with_capacity(wanted.len());
+        let first = parts.len();
+        for w in &wanted {
+            let part = match w.found {
+                None => missing(&w.id, MissReason::Removed),
+                Some(Located { slot: None, .. }) => v1::MappedPart {
+                    status: convert::status_to_proto(PartStatus::Loading),
+                    ..missing(&w.id, MissReason::Pending)
+                },
+                Some(found) => match pinned.next().flatten() {
+                    // Evicted a moment ago, or not what it was taken for.
+                    None => missing(&w.id, MissReason::Evicted),
+                    Some((pin, site)) => {
+                        let sums = sums.then(|| pin.sums().map(|s| s.as_slice().to_vec()).unwrap_or_default());
+                        let part = told(&w.id, &pin, site, found.version.0, sums.unwrap_or_default());
+                        slots.push(MappedSlot(pin));
+                        part
+                    }
+                },
+            };
+            parts.push(v1::MappedPart { item: w.item, ..part });
         }
-        let crc32 = if sums { pin.sums().map(|s| s.as_slice().to_vec()).unwrap_or_default() } else { Vec::new() };
-        let length = pin.len() as u64;
-        let bytes_max = self.config.limits.mapped_bytes_max.0;
-        let held = {
+        let (count, bytes_max) = (slots.len() as u64, self.config.limits.mapped_bytes_max.0);
+        {
             // Held while the lease is certain to be there: a hold that came behind its release, or behind the end of its
             // instance, would be nobody's to give back.
             let directory = self.directory.lock();
-            if !directory.lease_holds(lease, &id.digest) {
+            if directory.lease_info(lease).is_none_or(|l| l.instance != caller.instance) {
                 drop(directory);
-                return Ok(missing(id, MissReason::Removed));
+                let gone = |part: &mut v1::MappedPart, w: &Wanted<'_>| {
+                    *part = v1::MappedPart { item: w.item, ..missing(&w.id, MissReason::Removed) };
+                };
+                parts[first..].iter_mut().zip(&wanted).for_each(|(part, w)| gone(part, w));
+                return Ok(());
             }
-            self.mapped.0.lock().hold(caller.instance, lease, MappedSlot(pin), bytes_max)
-        };
-        if let Held::TooMuch(_) = held {
-            return Err(Error::new(
-                ErrorKind::Throttled,
-                "this instance holds too much for mapped reads: release leases",
-            )
-            .with("limits.mapped_bytes_max", self.config.limits.mapped_bytes_max)
-            .retry_after(NO_ROOM_RETRY));
+            let mut holds = self.mapped.0.lock();
+            for slot in slots {
+                if let Held::TooMuch(_) = holds.hold(caller.instance, lease, slot, bytes_max) {
+                    return Err(Error::new(
+                        ErrorKind::Throttled,
+                        "this instance holds too much for mapped reads: release leases",
+                    )
+                    .with("limits.mapped_bytes_max", self.config.limits.mapped_bytes_max)
+                    .retry_after(NO_ROOM_RETRY));
+                }
+            }
         }
         failpoint::at("map.told");
-        self.counters.mapped_parts.one();
-        self.first_hit();
-        Ok(v1::MappedPart {
-            item: 0,
-            group: u32::from(id.group.0),
-            shard: u32::from(id.shard.0),
-            status: convert::status_to_proto(PartStatus::Hit),
-            reason: 0,
-            file: site.file,
-            offset: site.offset,
-            entry: site.entry,
-            length,
-            version,
-            generation: site.generation,
-            crc32,
-        })
+        self.counters.mapped_parts.add(count);
+        if count > 0 {
+            self.first_hit();
+        }
+        Ok(())
     }
 
     /// A file of the arena for a process of this instance, whose end is watched from then on.
@@ -241,6 +258,32 @@ impl Store {
     /// Numbers of the mapped reads.
     pub fn mapped_usage(&self) -> HoldsUsage {
         self.mapped.usage()
+    }
+}
+
+/// A part that a client wants to read in place.
+struct Wanted<'a> {
+    item: u32,
+    id: BlockId,
+    /// The full key: compared before anything is told, as with every other way out.
+    key: &'a [u8],
+    found: Option<Located>,
+}
+
+fn told(id: &BlockId, pin: &Pinned, site: Site, version: u64, crc32: Vec<u32>) -> v1::MappedPart {
+    v1::MappedPart {
+        item: 0,
+        group: u32::from(id.group.0),
+        shard: u32::from(id.shard.0),
+        status: convert::status_to_proto(PartStatus::Hit),
+        reason: 0,
+        file: site.file,
+        offset: site.offset,
+        entry: site.entry,
+        length: pin.len() as u64,
+        version,
+        generation: site.generation,
+        crc32,
     }
 }
 

@@ -13,7 +13,7 @@ use kvkeep_core::{BlockMeta, Error, ErrorKind, Result, SlotRef};
 use parking_lot::{Condvar, Mutex};
 
 use super::adopt::{self, AdoptionReport};
-use super::file::Cell;
+use super::file::{Cell, Extent};
 use super::grow::{self, FixedRegion, FolderLock, Registrar};
 use super::layout::{decode_entry, encode_entry, entry_names, slot_units};
 use super::memory::{Reading, UNIT_BYTES, Writing};
@@ -84,19 +84,23 @@ impl Shared {
     pub(super) fn site(&self, end: &SlotEnd) -> Option<Site> {
         let state = self.state.lock();
         let (extent, slot) = state.file(end.at.file)?.slot(end.at.unit)?;
-        let entry = extent.shape.start as usize * UNIT_BYTES + slot as usize * extent.shape.entry_bytes();
-        Some(Site {
-            file: end.nonce,
-            offset: u64::from(end.at.unit) * UNIT_BYTES as u64,
-            entry: entry as u64,
-            generation: end.at.generation,
-        })
+        Some(site_of(extent, slot, end))
     }
 
     fn with_entry<T>(&self, end: &SlotEnd, read: impl FnOnce(&[u8]) -> T) -> Option<T> {
         let state = self.state.lock();
         let (extent, slot) = state.file(end.at.file)?.slot(end.at.unit)?;
         Some(read(extent.entry(slot)))
+    }
+}
+
+fn site_of(extent: &Extent, slot: u32, end: &SlotEnd) -> Site {
+    let entry = extent.shape.start as usize * UNIT_BYTES + slot as usize * extent.shape.entry_bytes();
+    Site {
+        file: end.nonce,
+        offset: u64::from(end.at.unit) * UNIT_BYTES as u64,
+        entry: entry as u64,
+        generation: end.at.generation,
     }
 }
 
@@ -225,6 +229,33 @@ impl Arena {
         extent.touched = window;
         drop(state);
         Some(Pinned::new(memory))
+    }
+
+    /// [`Self::pin`] for a slot that must hold this block under this key, and where it lies for a process that mapped its
+    /// file: all that a map of many blocks needs, under one hold of the lock. `None` where the slot is gone or another's.
+    pub fn pin_mapped<'a>(
+        &self,
+        wanted: impl Iterator<Item = (SlotRef, &'a BlockId, &'a [u8])>,
+    ) -> Vec<Option<(Pinned, Site)>> {
+        let mut state = self.shared().state.lock();
+        let window = state.window;
+        let mut pin = |(slot, id, key): (SlotRef, &BlockId, &[u8])| {
+            let at = SlotAt::unpack(slot);
+            let (extent, number) = state.file_mut(at.file)?.slot_mut(at.unit)?;
+            let memory = match &extent.cells[number as usize] {
+                Cell::Published(memory) if memory.end().at == at => memory.clone(),
+                _ => return None,
+            };
+            if !entry_names(extent.entry(number), id, key) {
+                return None;
+            }
+            extent.touched = window;
+            let site = site_of(extent, number, memory.end());
+            Some((memory, site))
+        };
+        let found: Vec<_> = wanted.map(&mut pin).collect();
+        drop(state);
+        found.into_iter().map(|found| found.map(|(memory, site)| (Pinned::new(memory), site))).collect()
     }
 
     /// Whether somebody reads a published slot now.

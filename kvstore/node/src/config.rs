@@ -201,7 +201,7 @@ pub struct LimitsSection {
     pub prefetch_queue_max: u32,
     /// NVMe reads of one get under way, in bytes.
     pub get_read_ahead_bytes: ByteSize,
-    /// Memory that one engine instance may register, all its regions together.
+    /// Memory that one engine instance may register, all its regions together. 0: half of what is available.
     pub region_bytes_max: ByteSize,
     /// Regions of one engine instance.
     pub regions_max: u32,
@@ -311,7 +311,7 @@ impl Default for LimitsSection {
             history_max: 65_536,
             prefetch_queue_max: 4_096,
             get_read_ahead_bytes: ByteSize::mib(32),
-            region_bytes_max: ByteSize::gib(1024),
+            region_bytes_max: ByteSize(0),
             regions_max: 64,
             runs_max: 65_536,
             mapped_bytes_max: ByteSize(0),
@@ -368,6 +368,9 @@ impl Config {
         }
         if self.arena.l3_read_reserve_bytes.0 == 0 {
             self.arena.l3_read_reserve_bytes = ByteSize(self.arena.bytes.0 / 64);
+        }
+        if self.limits.region_bytes_max.0 == 0 {
+            self.limits.region_bytes_max = ByteSize(machine::memory_for_us()?.0 / 2 / (1 << 20) * (1 << 20));
         }
         if self.limits.mapped_bytes_max.0 == 0 {
             self.limits.mapped_bytes_max = ByteSize(self.arena.bytes.0 / 4);

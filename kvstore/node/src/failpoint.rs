@@ -51,6 +51,8 @@ pub fn at(name: &'static str) {
         if !stop {
             std::process::abort();
         }
+        // The signal is the process's: this thread may run on for a moment, and must not run past the place.
+        std::thread::sleep(std::time::Duration::from_millis(50));
     }
 }
 

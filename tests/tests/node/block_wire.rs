@@ -259,7 +259,7 @@ async fn a_writer_that_stops_in_the_middle_of_a_frame_holds_nothing_for_long() {
     leaks::eventually(&client, "the frame is being read", |s| s.reservations == 1).await;
     assert!(block.is_closed().await, "a frame that does not go on loses its connection");
     leaks::nothing_is_held(&client).await;
-    assert_eq!(super::found(&ns, &[key.clone()], BYTES).await, 0);
+    assert_eq!(super::found(&ns, std::slice::from_ref(&key), BYTES).await, 0);
     super::store(&ns, &[key], BYTES, Class::Cache).await;
 }
 

@@ -49,7 +49,7 @@ async fn everything(client: &Client, ns: &Namespace, chain: u64) {
         region.read((BLOCKS + n) * BYTES.next_multiple_of(4096), &mut bytes);
         assert!(!got.is_hit() || bytes[..] == payload::block(&keys[n], BYTES)[..], "into a region");
     }
-    client.release(&[], &[call.request_id.clone()], &call).await.unwrap();
+    client.release(&[], std::slice::from_ref(&call.request_id), &call).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

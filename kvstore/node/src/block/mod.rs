@@ -1,8 +1,8 @@
 //! The block protocol: the hot verbs on the Unix socket and on the block port, with the same checks, bounds and errors as
 //! gRPC, for both stand on [`crate::verbs`].
 //!
-//! Read in this order: [`peer`] (one connection as its calls see it) -> [`connection`] (frames in, calls started) ->
-//! [`payload`] (bytes that travel) -> `regions` of the store, [`into`] and [`from`] (bytes that do not) -> [`accept`]
+//! Read in this order: `peer` (one connection as its calls see it) -> `connection` (frames in, calls started) ->
+//! `payload` (bytes that travel) -> `regions` of the store, `into` and `from` (bytes that do not) -> `accept`
 //! (ports, TLS, and which of the two protocols a Unix peer speaks).
 //!
 //! ```text

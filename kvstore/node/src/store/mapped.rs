@@ -217,6 +217,7 @@ impl Store {
             parts.push(v1::MappedPart { item: w.item, ..part });
         }
         let (count, bytes_max) = (slots.len() as u64, self.config.limits.mapped_bytes_max.0);
+        let (mut slots, mut not_needed, mut too_much) = (slots.into_iter(), Vec::new(), false);
         {
             // Held while the lease is certain to be there: a hold that came behind its release, or behind the end of its
             // instance, would be nobody's to give back.
@@ -230,16 +231,27 @@ impl Store {
                 return Ok(());
             }
             let mut holds = self.mapped.0.lock();
-            for slot in slots {
-                if let Held::TooMuch(_) = holds.hold(caller.instance, lease, slot, bytes_max) {
-                    return Err(Error::new(
-                        ErrorKind::Throttled,
-                        "this instance holds too much for mapped reads: release leases",
-                    )
-                    .with("limits.mapped_bytes_max", self.config.limits.mapped_bytes_max)
-                    .retry_after(NO_ROOM_RETRY));
+            for slot in slots.by_ref() {
+                match holds.hold(caller.instance, lease, slot, bytes_max) {
+                    Held::Now => {}
+                    Held::Already(slot) => not_needed.push(slot),
+                    Held::TooMuch(slot) => {
+                        not_needed.push(slot);
+                        too_much = true;
+                        break;
+                    }
                 }
             }
+        }
+        // Outside of the locks, as in `Mapped::release`.
+        drop((not_needed, slots));
+        if too_much {
+            return Err(Error::new(
+                ErrorKind::Throttled,
+                "this instance holds too much for mapped reads: release leases",
+            )
+            .with("limits.mapped_bytes_max", self.config.limits.mapped_bytes_max)
+            .retry_after(NO_ROOM_RETRY));
         }
         failpoint::at("map.told");
         self.counters.mapped_parts.add(count);

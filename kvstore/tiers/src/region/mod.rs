@@ -89,7 +89,7 @@ impl Region {
         if seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE) {
             return Err(bad("the descriptor is sealed against writing"));
         }
-        let huge = rustix::fs::fstatfs(&descriptor).is_ok_and(|s| s.f_type as i64 == HUGETLBFS_MAGIC);
+        let huge = rustix::fs::fstatfs(&descriptor).is_ok_and(|s| s.f_type == HUGETLBFS_MAGIC);
         if huge && !trusted {
             return Err(bad("huge pages of a pool cannot be reached safely for this user: use a plain memfd"));
         }

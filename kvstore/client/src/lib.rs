@@ -70,4 +70,5 @@ pub use matching::{Match, MatchQuery, Verdict};
 pub use namespace::{Lease, Namespace};
 pub use put::{PartOutcome, Put, PutPart, PutPosition};
 pub use region::mapped::{MappedBlock, MappedMatch, MappedPart};
+pub use region::geometry::Geometry;
 pub use region::{Place, Region};

@@ -12,8 +12,10 @@
 //!
 //! Over the block port and gRPC the same calls work, with the bytes on the wire and landing in the region.
 //!
-//! `memory` has the mapping and all `unsafe`, [`mapped`] the other way round: the server's memory, read in place.
+//! `memory` has the mapping and all `unsafe`, [`geometry`] makes places out of block ids, [`mapped`] is the other way round:
+//! the server's memory, read in place.
 
+pub mod geometry;
 pub mod mapped;
 pub(crate) mod memory;
 pub(crate) mod words;

@@ -15,9 +15,10 @@ use crate::admin::Admin;
 use crate::block::breaker::BreakerState;
 use crate::block::faults::Fault;
 use crate::block::pool::Way;
+use crate::block::sockets::Sockets;
 use crate::budget::Bucket;
 use crate::call::Call;
-use crate::config::ClientConfig;
+use crate::config::{ClientConfig, Lost};
 use crate::connection::{Connection, Hello, Wire, blocks};
 use crate::convert;
 use crate::endpoint::Target;
@@ -88,6 +89,7 @@ pub(crate) struct Shared {
     pub(crate) connections: Vec<Connection>,
     pub(crate) target: Target,
     pub(crate) hot: Hot,
+    pub(crate) sockets: Arc<Sockets>,
     next: AtomicUsize,
     pub(crate) hello: RwLock<Arc<Hello>>,
     bucket: Bucket,
@@ -116,6 +118,8 @@ pub(crate) struct Tries<'a> {
     pub(crate) deadline: Instant,
     made: u32,
     hellos: u32,
+    /// How the server was lost, if it was.
+    lost: Option<Error>,
 }
 
 impl Client {
@@ -132,7 +136,7 @@ impl Client {
                 .map_err(|e| e.with("endpoint", &shared.config.endpoint))?;
             shared.heard(hello);
         }
-        shared.find_way().await?;
+        shared.find_way(true).await?;
         Ok(client)
     }
 
@@ -141,10 +145,12 @@ impl Client {
     pub fn lazy(config: ClientConfig) -> Result<Self> {
         config.validate()?;
         let target = config.target()?;
-        let lazy = |_| Connection::lazy(&config, &target);
+        let sockets = Arc::<Sockets>::default();
+        let lazy = |_| Connection::lazy(&config, &target, &sockets);
         let connections = (0..config.connections).map(lazy).collect::<Result<Vec<_>>>()?;
         let shared = Shared {
-            hot: Hot::new(&config),
+            hot: Hot::new(&config, Arc::clone(&sockets)),
+            sockets,
             bucket: Bucket::new(config.retry),
             config,
             connections,
@@ -310,7 +316,7 @@ impl Shared {
         count(&self.counts.calls, 1);
         self.bucket.earn();
         let within = call.deadline.unwrap_or(self.config.deadline).min(self.hello().limits.deadline_max);
-        Tries { shared: self, deadline: Instant::now() + within, made: 1, hellos: 0 }
+        Tries { shared: self, deadline: Instant::now() + within, made: 1, hellos: 0, lost: None }
     }
 
     /// A connection on which hello was said, in turn.
@@ -434,6 +440,18 @@ impl Tries<'_> {
             return if self.hellos <= HELLOS_PER_CALL_MAX { Ok(()) } else { Err(error) };
         }
         let budget = self.shared.bucket.budget();
+        let error = match self.lost.take() {
+            // What happened says more than that the server is not asked again just now.
+            Some(lost) if error.is_not_asked() => lost.final_word(),
+            _ => error,
+        };
+        if error.is_loss() {
+            self.lost = Some(error.clone());
+        }
+        if error.is_silence() && self.shared.config.lost == Lost::Misses {
+            // An engine does not wait for a lost server again and again within one call.
+            return Err(error);
+        }
         if !error.is_retryable() || (safety == Safety::Once && error.may_have_run()) || self.made >= budget.attempts_max
         {
             return Err(error);

@@ -82,7 +82,7 @@ impl Default for ClientConfig {
             ca_file: None,
             ca_pem: None,
             name: concat!("kvkeep-client/", env!("CARGO_PKG_VERSION")).to_owned(),
-            instance: InstanceId(rand::random()),
+            instance: crate::process::fresh_instance(),
             connections: 1,
             deadline: Duration::from_secs(10),
             connect_timeout: Duration::from_secs(2),

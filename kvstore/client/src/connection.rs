@@ -14,6 +14,7 @@ use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
 
+use crate::block::sockets::Sockets;
 use crate::config::ClientConfig;
 use crate::embedded;
 use crate::endpoint::{self, Target};
@@ -220,7 +221,7 @@ pub(crate) struct Connection {
 
 impl Connection {
     /// Sets up a channel; dials at its first call.
-    pub(crate) fn lazy(config: &ClientConfig, target: &Target) -> Result<Self> {
+    pub(crate) fn lazy(config: &ClientConfig, target: &Target, sockets: &Arc<Sockets>) -> Result<Self> {
         let uri = match target {
             Target::Tcp(uri) => uri.as_str(),
             Target::Unix(_) | Target::Local(_) => endpoint::NO_HOST,
@@ -238,17 +239,13 @@ impl Connection {
         let endpoint = endpoint
             .user_agent(config.name.clone())
             .map_err(|e| Error::config("the client's name is not a header value").caused_by(e))?
-            .tcp_nodelay(true)
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .max_frame_size(FRAME_BYTES_MAX)
             .http2_keep_alive_interval(KEEP_ALIVE)
             .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
             .keep_alive_while_idle(true);
-        let channel = match target {
-            Target::Tcp(_) => endpoint.connect_timeout(config.connect_timeout).connect_lazy(),
-            Target::Unix(_) | Target::Local(_) => endpoint::channel(&endpoint, target.clone(), config.connect_timeout),
-        };
+        let channel = endpoint::channel(&endpoint, target.clone(), config.connect_timeout, sockets);
         let bearer = match &config.token {
             None => None,
             Some(token) => {

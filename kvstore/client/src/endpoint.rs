@@ -1,13 +1,15 @@
-//! Where an endpoint leads, and how a connection to a Unix socket is made.
+//! Where an endpoint leads, and how a connection to it is made.
 
 use std::io::ErrorKind as IoErrorKind;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
-use tokio::net::UnixStream;
+use tokio::net::{TcpStream, UnixStream};
 use tonic::transport::{Channel, Endpoint, Uri};
 
+use crate::block::sockets::{NotedStream, Sockets};
 use crate::embedded::{self, LocalEndpoint};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -88,21 +90,45 @@ pub(crate) async fn dial(path: &Path, within: Duration) -> Result<UnixStream> {
     }
 }
 
-/// A channel over a Unix socket that dials at its first call, and again when its connection breaks. `endpoint` names no
-/// connect timeout: the whole of `dial` counts.
-pub(crate) fn channel(endpoint: &Endpoint, target: Target, within: Duration) -> Channel {
-    let connector = tower::service_fn(move |_: Uri| {
-        let target = target.clone();
-        async move {
-            let stream = match &target {
-                Target::Tcp(_) => return Err(Error::config("a TCP endpoint is no Unix socket")),
-                Target::Unix(path) => dial(path, within).await?,
-                Target::Local(local) => embedded::dial(local, within).await?,
-            };
-            Ok::<_, Error>(TokioIo::new(stream))
+/// Connects to the host and port of a URI; what bounds it is the endpoint's connect timeout.
+async fn dial_tcp(uri: &Uri) -> Result<TcpStream> {
+    let failed = |e: std::io::Error| {
+        let message = match e.kind() {
+            IoErrorKind::ConnectionRefused => "nobody answers at the endpoint: is kvkeepd running?",
+            _ => "the endpoint cannot be connected to",
+        };
+        Error::new(ErrorKind::Unreachable, message).with("endpoint", uri).caused_by(e)
+    };
+    let host = uri.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
+    let default = if uri.scheme_str() == Some("https") { 443 } else { 80 };
+    let stream = TcpStream::connect((host, uri.port_u16().unwrap_or(default))).await.map_err(failed)?;
+    stream.set_nodelay(true).map_err(failed)?;
+    Ok(stream)
+}
+
+/// A channel that dials at its first call, and again when its connection breaks. For a Unix socket `endpoint` names no connect
+/// timeout: the whole of `dial` counts. Dialled here also for TCP, so that every socket is known ([`Sockets`]).
+pub(crate) fn channel(endpoint: &Endpoint, target: Target, within: Duration, sockets: &Arc<Sockets>) -> Channel {
+    let sockets = Arc::clone(sockets);
+    match target {
+        Target::Tcp(_) => {
+            endpoint.clone().connect_timeout(within).connect_with_connector_lazy(tower::service_fn(move |uri: Uri| {
+                let sockets = Arc::clone(&sockets);
+                async move { dial_tcp(&uri).await.map(|stream| TokioIo::new(NotedStream::new(&sockets, stream))) }
+            }))
         }
-    });
-    endpoint.connect_with_connector_lazy(connector)
+        Target::Unix(_) | Target::Local(_) => endpoint.connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
+            let (target, sockets) = (target.clone(), Arc::clone(&sockets));
+            async move {
+                let stream = match &target {
+                    Target::Tcp(_) => return Err(Error::config("a TCP endpoint is no Unix socket")),
+                    Target::Unix(path) => dial(path, within).await?,
+                    Target::Local(local) => embedded::dial(local, within).await?,
+                };
+                Ok::<_, Error>(TokioIo::new(NotedStream::new(&sockets, stream)))
+            }
+        })),
+    }
 }
 
 #[cfg(test)]

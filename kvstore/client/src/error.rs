@@ -10,6 +10,9 @@ use kvkeep_proto::v1;
 
 use crate::convert;
 
+/// Message of [`Error::not_asked`].
+const NOT_ASKED: &str = "the server gave no sign of life a moment ago: not asked";
+
 /// What kind of failure. Misses, loading and throttled parts are values, not errors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ErrorKind {
@@ -21,6 +24,8 @@ pub enum ErrorKind {
     Unreachable,
     /// The call's deadline passed first.
     Late,
+    /// The caller took the call back.
+    Cancelled,
     /// The server broke the rules of the wire.
     Protocol,
     /// The server speaks another major version of the wire.
@@ -35,6 +40,7 @@ impl ErrorKind {
             Self::HelloRequired => convert::HELLO_REQUIRED,
             Self::Unreachable => "unreachable",
             Self::Late => "late",
+            Self::Cancelled => "cancelled",
             Self::Protocol => "protocol",
             Self::Version => "version",
         }
@@ -80,6 +86,16 @@ impl Error {
     pub(crate) fn silence() -> Self {
         Self::new(ErrorKind::Unreachable, "the server gave no sign of life")
             .caused_by(std::io::Error::from(std::io::ErrorKind::TimedOut))
+    }
+
+    /// The circuit breaker does not let the call out: trying again at once cannot help.
+    pub(crate) fn not_asked() -> Self {
+        Self::new(ErrorKind::Unreachable, NOT_ASKED).final_word()
+    }
+
+    /// Whether it is [`Self::not_asked`]: then an earlier error says more.
+    pub(crate) fn is_not_asked(&self) -> bool {
+        self.message == NOT_ASKED
     }
 
     pub(crate) fn protocol(message: &'static str) -> Self {

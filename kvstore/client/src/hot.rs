@@ -13,6 +13,7 @@ use parking_lot::RwLock;
 use crate::block::conn::Address;
 use crate::block::faults::Faults;
 use crate::block::pool::{Lent, Pool, Way, Wire};
+use crate::block::sockets::Sockets;
 use crate::call::Call;
 use crate::client::{Safety, Shared, Tries, count};
 use crate::config::{ClientConfig, Lost, WayWish};
@@ -85,10 +86,10 @@ pub(crate) enum Line<'a> {
 }
 
 impl Hot {
-    pub(crate) fn new(config: &ClientConfig) -> Self {
+    pub(crate) fn new(config: &ClientConfig, sockets: Arc<Sockets>) -> Self {
         let faults = Arc::new(Faults::default());
         Self {
-            pool: Pool::new(config.block_connections, Arc::clone(&faults)),
+            pool: Pool::new(config.block_connections, Arc::clone(&faults), sockets),
             faults,
             words: Arc::default(),
             files: Files::default(),
@@ -118,8 +119,9 @@ fn is_loopback(host: &str) -> bool {
 }
 
 impl Shared {
-    /// Finds the fastest way to the server that was heard of last.
-    pub(crate) async fn find_way(&self) -> Result<()> {
+    /// Finds the fastest way to the server that was heard of last. `settle`: a socket on which nobody answers in time is no
+    /// way; otherwise it is a server that was lost, and its slow ways are not looked at.
+    pub(crate) async fn find_way(&self, settle: bool) -> Result<()> {
         let hello = self.hello();
         let (mut why, only) = (
             String::new(),
@@ -139,6 +141,10 @@ impl Shared {
                         way.why = why;
                     }
                     return Ok(());
+                }
+                Err(e) if e.is_silence() && wire == Wire::Socket && !settle => {
+                    self.hot.set(None, None);
+                    return Err(e);
                 }
                 Err(e) => {
                     let separator = if why.is_empty() { "" } else { "; " };
@@ -210,7 +216,9 @@ impl Shared {
         self.hot.pool.may()?;
         self.hot.faults.call(self.config.patience).await.inspect_err(|e| self.lost(e))?;
         if self.hot.wire().is_none() {
+            let opened = self.hot.pool.breaker.counts().0;
             let _one = self.hot.looking.lock().await;
+            self.hot.pool.may_still(opened)?;
             if self.hot.wire().is_none() {
                 let looked = async {
                     let Some(connection) = self.connections.first() else { return Ok(()) };
@@ -221,7 +229,7 @@ impl Shared {
                     // Late here is no call's deadline: nobody answered for as long as a lost server is waited for.
                     let (_, said) = said.map_err(|e| if e.kind() == ErrorKind::Late { Error::silence() } else { e })?;
                     self.heard(said);
-                    self.find_way().await
+                    self.find_way(false).await
                 };
                 looked.await.inspect_err(|e| self.lost(e))?;
             }
@@ -313,6 +321,8 @@ impl Shared {
                 match &reply {
                     // Nobody there. Any other failure came from somebody: a server, or what stands before it.
                     Err(e) if e.kind() == ErrorKind::Unreachable && !e.may_have_run() => self.lost(e),
+                    // Nobody answered, and perhaps the deadline was short.
+                    Err(e) if e.kind() == ErrorKind::Late => {}
                     _ => self.answered(),
                 }
                 reply

@@ -17,8 +17,8 @@
 //! The map: [`client`] is the way that every call takes (hello, deadline, retries within [`budget`]); [`connection`] is one
 //! HTTP/2 connection and its hello, `endpoint` where it leads, [`embedded`] a private server that is started on demand;
 //! [`namespace`] has the verbs on blocks, of which [`matching`], [`get`] (with `assembly`, the checks on what arrives) and
-//! [`put`] are long enough for files of their own; [`events`] and [`admin`] are for routers and operators; [`convert`]
-//! translates between core and proto, and the server uses it too.
+//! [`put`] are long enough for files of their own; [`events`] and [`admin`] are for routers and operators; [`engine`] is the
+//! synchronous face of all that, for engines; [`convert`] translates between core and proto, and the server uses it too.
 //!
 //! What it promises: a part given back as a hit is whole, of one version, and its checksums matched; every call ends by its
 //! deadline; no call is repeated that could do harm; no task runs in the background but those of HTTP/2 (and, where a private
@@ -36,12 +36,14 @@ pub mod connection;
 pub mod convert;
 pub mod embedded;
 mod endpoint;
+pub mod engine;
 pub mod error;
 pub mod events;
 pub mod get;
 mod hot;
 pub mod matching;
 pub mod namespace;
+mod process;
 pub mod put;
 pub mod region;
 mod region_calls;
@@ -62,6 +64,7 @@ pub use config::{ClientConfig, Lost, WayWish};
 pub use connection::{Hello, Limits};
 pub use convert::Retention;
 pub use embedded::LocalEndpoint;
+pub use engine::{Engine, EngineConfig};
 pub use error::{Error, ErrorKind, Result};
 pub use events::{EventStream, Watch};
 pub use get::{GetItem, GotInto, GotPart};
@@ -69,6 +72,6 @@ pub use kvkeep_proto::v1 as wire;
 pub use matching::{Match, MatchQuery, Verdict};
 pub use namespace::{Lease, Namespace};
 pub use put::{PartOutcome, Put, PutPart, PutPosition};
-pub use region::mapped::{MappedBlock, MappedMatch, MappedPart};
 pub use region::geometry::Geometry;
+pub use region::mapped::{MappedBlock, MappedMatch, MappedPart};
 pub use region::{Place, Region};

@@ -34,6 +34,11 @@ impl MatchQuery {
         Self { keys, ..Self::default() }
     }
 
+    /// Keys whose statuses are asked for.
+    pub(crate) fn statuses_asked(&self) -> usize {
+        if self.statuses { self.keys.len() } else { 0 }
+    }
+
     /// And leases what matched.
     #[must_use]
     pub fn leased(mut self, ttl: Duration) -> Self {
@@ -85,9 +90,8 @@ impl Match {
         }
     }
 
-    /// What a lost server answers.
-    pub(crate) fn missed(query: &MatchQuery, reason: MissReason) -> Self {
-        let keys = if query.statuses { query.keys.len() } else { 0 };
+    /// What a lost server answers. `keys`: of which statuses were asked for.
+    pub(crate) fn missed(keys: usize, reason: MissReason) -> Self {
         Self {
             boundary_positions: 0,
             boundary_tokens: 0,
@@ -147,7 +151,7 @@ impl Namespace {
                 Ok(reply) => reply,
                 Err(e) => {
                     let reason = shared.miss(e)?;
-                    results.extend(queries.iter().map(|q| Ok(Match::missed(q, reason))));
+                    results.extend(queries.iter().map(|q| Ok(Match::missed(q.statuses_asked(), reason))));
                     continue;
                 }
             };

@@ -353,7 +353,7 @@ impl Namespace {
             };
             if let Err(e) = tries.again(error, Safety::Repeatable).await {
                 let reason = shared.miss(e)?;
-                return Ok(MappedMatch { found: Match::missed(query, reason), parts: Vec::new() });
+                return Ok(MappedMatch { found: Match::missed(query.statuses_asked(), reason), parts: Vec::new() });
             }
         }
     }
@@ -443,7 +443,7 @@ impl Client {
 }
 
 impl GotInto {
-    fn missed(reason: MissReason) -> Self {
+    pub(crate) fn missed(reason: MissReason) -> Self {
         Self {
             status: PartStatus::Miss,
             reason: Some(reason),

@@ -5,7 +5,7 @@
 //! nobody would understand.
 
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,6 +17,7 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::{TlsConnector, TlsStream, rustls};
 
 use super::reader::FrameReader;
+use super::sockets::{Noted, Sockets};
 use super::stream::{self, WriteHalf};
 use super::{frame, stream::ReadHalf};
 use crate::config::ClientConfig;
@@ -46,6 +47,8 @@ pub(crate) enum Address {
 
 /// A connection that has said hello.
 pub(crate) struct Conn {
+    // Dropped before the halves close the socket.
+    _noted: Noted,
     frames: FrameReader,
     write: WriteHalf,
     head: BytesMut,
@@ -75,13 +78,14 @@ fn lost(verb: &'static str, sent: bool, error: io::Error) -> Error {
 
 impl Conn {
     /// Connects and says hello, within `config.patience` for each step.
-    pub(crate) async fn dial(address: &Address, config: &ClientConfig) -> Result<Self> {
+    pub(crate) async fn dial(address: &Address, config: &ClientConfig, sockets: &Arc<Sockets>) -> Result<Self> {
         let patience = config.patience;
-        let (read, write, server) = connect(address, config).await?;
+        let Connected { noted, read, write, server } = connect(address, config, sockets).await?;
         let mut frames = FrameReader::new(read);
         frames.patience = Some(patience);
         let hello = Arc::new(Hello::unknown());
-        let mut conn = Self { frames, write, head: BytesMut::new(), last_call: 0, hello, server, used: false };
+        let head = BytesMut::new();
+        let mut conn = Self { _noted: noted, frames, write, head, last_call: 0, hello, server, used: false };
         let said = connection::hello_request(config);
         match conn.call("hello", Message::Hello(said), patience).await.map_err(Error::not_run)? {
             Message::HelloReply(reply) => conn.hello = Arc::new(Hello::from_proto(reply)?),
@@ -188,9 +192,14 @@ impl Conn {
     }
 }
 
-type Halves = (ReadHalf, WriteHalf, Option<Arc<OwnedFd>>);
+struct Connected {
+    noted: Noted,
+    read: ReadHalf,
+    write: WriteHalf,
+    server: Option<Arc<OwnedFd>>,
+}
 
-async fn connect(address: &Address, config: &ClientConfig) -> Result<Halves> {
+async fn connect(address: &Address, config: &ClientConfig, sockets: &Arc<Sockets>) -> Result<Connected> {
     let failed = |what: &'static str, e: io::Error| Error::new(ErrorKind::Unreachable, what).caused_by(e);
     let within = config.patience.min(config.connect_timeout);
     let late = |what: &'static str| failed(what, io::ErrorKind::TimedOut.into());
@@ -199,17 +208,19 @@ async fn connect(address: &Address, config: &ClientConfig) -> Result<Halves> {
             let stream: UnixStream = crate::endpoint::dial(path, within).await?;
             let pid = stream.peer_cred().ok().and_then(|c| c.pid()).and_then(rustix::process::Pid::from_raw);
             let watch = |pid| rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok();
+            let noted = sockets.note(stream.as_fd());
             let (read, write) = stream::unix(stream);
-            Ok((read, write, pid.and_then(watch).map(Arc::new)))
+            Ok(Connected { noted, read, write, server: pid.and_then(watch).map(Arc::new) })
         }
         Address::Tcp { host, port, tls } => {
             let what = "the block port does not answer";
             let stream = tokio::time::timeout(within, TcpStream::connect((host.as_str(), *port)));
             let stream = stream.await.map_err(|_| late(what))?.map_err(|e| failed(what, e))?;
+            let noted = sockets.note(stream.as_fd());
             stream.set_nodelay(true).map_err(|e| failed("TCP_NODELAY is refused", e))?;
             if !tls {
                 let (read, write) = stream::tcp(stream);
-                return Ok((read, write, None));
+                return Ok(Connected { noted, read, write, server: None });
             }
             let name = rustls::pki_types::ServerName::try_from(host.clone())
                 .map_err(|_| Error::config("TLS needs a host name or address").with("host", host))?;
@@ -219,7 +230,7 @@ async fn connect(address: &Address, config: &ClientConfig) -> Result<Halves> {
             let stream = tokio::time::timeout(config.connect_timeout, handshake).await;
             let stream = stream.map_err(|_| late(what))?.map_err(|e| failed(what, e))?;
             let (read, write) = stream::tls(TlsStream::Client(stream));
-            Ok((read, write, None))
+            Ok(Connected { noted, read, write, server: None })
         }
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! Read in this order: [`frame`] (what a frame is) -> [`stream`] (what it travels on) -> [`reader`] (frames out of a
 //! stream). The server uses these three as well. Then `conn` (a connection and its calls) -> [`pool`] (connections, and
-//! which way they go) -> [`breaker`] (a server that is gone is not asked) -> [`faults`] (playing that).
+//! which way they go) -> [`breaker`] (a server that is gone is not asked) -> [`faults`] (playing that). `sockets` is for forked
+//! children.
 
 pub mod breaker;
 pub(crate) mod conn;
@@ -10,4 +11,5 @@ pub mod faults;
 pub mod frame;
 pub mod pool;
 pub mod reader;
+pub(crate) mod sockets;
 pub mod stream;

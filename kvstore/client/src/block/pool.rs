@@ -10,8 +10,9 @@ use std::time::Instant;
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::Semaphore;
 
-use super::breaker::Breaker;
+use super::breaker::{Breaker, BreakerState};
 use super::conn::{Address, Conn};
+use super::sockets::Sockets;
 use crate::config::ClientConfig;
 use crate::connection::Hello;
 use crate::error::{Error, ErrorKind, Result};
@@ -60,6 +61,7 @@ pub(crate) struct Pool {
     permits: Arc<Semaphore>,
     pub(crate) breaker: Breaker,
     faults: Arc<super::faults::Faults>,
+    sockets: Arc<Sockets>,
 }
 
 /// A connection in use. Dropped without [`Lent::give_back`] it is closed.
@@ -70,13 +72,14 @@ pub(crate) struct Lent<'a> {
 }
 
 impl Pool {
-    pub(crate) fn new(connections_max: usize, faults: Arc<super::faults::Faults>) -> Self {
+    pub(crate) fn new(connections_max: usize, faults: Arc<super::faults::Faults>, sockets: Arc<Sockets>) -> Self {
         Self {
             address: RwLock::new(None),
             idle: Mutex::default(),
             permits: Arc::new(Semaphore::new(connections_max)),
             breaker: Breaker::default(),
             faults,
+            sockets,
         }
     }
 
@@ -95,13 +98,15 @@ impl Pool {
     pub(crate) async fn lend(&self, config: &ClientConfig) -> Result<(Lent<'_>, Option<Arc<Hello>>)> {
         let address = self.address().ok_or_else(|| Error::new(ErrorKind::Unreachable, "no block way is known"))?;
         // Bounded by the calls that wait, each with its deadline; nothing is queued for a server that is gone.
+        let opened = self.breaker.counts().0;
         let permit = Arc::clone(&self.permits).acquire_owned().await;
+        self.may_still(opened)?;
         let permit = permit.map_err(|_| Error::new(ErrorKind::Unreachable, "the client is closing"))?;
         if let Some(conn) = self.idle.lock().pop_back() {
             return Ok((Lent { pool: self, conn: Some(conn), _permit: permit }, None));
         }
         self.faults.dial().await?;
-        let conn = Conn::dial(&address, config).await?;
+        let conn = Conn::dial(&address, config, &self.sockets).await?;
         let hello = Arc::clone(&conn.hello);
         Ok((Lent { pool: self, conn: Some(conn), _permit: permit }, Some(hello)))
     }
@@ -111,7 +116,14 @@ impl Pool {
         if self.breaker.may(Instant::now()) {
             return Ok(());
         }
-        Err(Error::new(ErrorKind::Unreachable, "the server gave no sign of life a moment ago: not asked").final_word())
+        Err(Error::not_asked())
+    }
+
+    /// Whether a call that had to wait may go out: not where the server was lost meanwhile, or each of those that waited would
+    /// wait for the server once more, one after the other. `opened`: of [`Breaker::counts`] when it began to wait.
+    pub(crate) fn may_still(&self, opened: u64) -> Result<()> {
+        let lost = self.breaker.counts().0 != opened && self.breaker.state() != BreakerState::Closed;
+        if lost { Err(Error::not_asked()) } else { Ok(()) }
     }
 
     /// Closes what is idle: after a loss, what was connected to the same server is worth nothing.

@@ -23,18 +23,23 @@ pub(crate) mod words;
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use bytes::{Bytes, BytesMut};
 use kvkeep_core::InstanceId;
 use kvkeep_proto::v1;
 use kvkeep_proto::v1::envelope::Message;
-use parking_lot::Mutex;
 
 use crate::assembly::{Landing, Room};
 use crate::block::conn::Conn;
 use crate::error::{Error, Result};
+use crate::process::PerProcess;
 use memory::Memory;
+
+/// Nothing that is locked here is left half done by a panic.
+fn alone<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Servers that a region remembers being registered with.
 const REGISTRATIONS_KEPT: usize = 64;
@@ -43,9 +48,31 @@ const REGISTRATIONS_KEPT: usize = 64;
 #[derive(Clone, Debug)]
 pub struct Region(Arc<Inner>);
 
+/// A region that is remembered, not kept.
+#[derive(Debug)]
+pub(crate) struct WeakRegion(Weak<Inner>);
+
+impl WeakRegion {
+    pub(crate) fn upgrade(&self) -> Option<Region> {
+        self.0.upgrade().map(Region)
+    }
+
+    /// Whether it is this one.
+    pub(crate) fn is(&self, region: &Region) -> bool {
+        std::ptr::eq(self.0.as_ptr(), Arc::as_ptr(&region.0))
+    }
+}
+
 #[derive(Debug)]
 struct Inner {
     memory: Memory,
+    // A forked child goes on using the memory, and a lock of its parent may be held for ever there.
+    here: PerProcess<Here>,
+}
+
+/// What each process keeps of a region.
+#[derive(Debug, Default)]
+struct Here {
     /// By client and life of the server: the server's number for it.
     ids: Mutex<HashMap<(InstanceId, u64), u32>>,
     /// Held by copies of this process, so that two of them never meet.
@@ -69,7 +96,7 @@ struct Runs {
 
 impl Region {
     fn of(memory: Memory) -> Self {
-        Self(Arc::new(Inner { memory, ids: Mutex::default(), copying: Mutex::new(()) }))
+        Self(Arc::new(Inner { memory, here: PerProcess::empty() }))
     }
 
     /// Fresh memory, zeroed, every page allocated: a memfd that cannot shrink, so that the server maps it.
@@ -163,7 +190,7 @@ impl Region {
     /// # Panics
     /// If the range lies outside.
     pub fn read(&self, offset: usize, to: &mut [u8]) {
-        let _alone = self.0.copying.lock();
+        let _alone = alone(&self.0.here.here().copying);
         self.0.memory.copy_out(offset, to);
     }
 
@@ -172,13 +199,22 @@ impl Region {
     /// # Panics
     /// If the range lies outside.
     pub fn write(&self, offset: usize, from: &[u8]) {
-        let _alone = self.0.copying.lock();
+        let _alone = alone(&self.0.here.here().copying);
         self.0.memory.copy_in(offset, from);
     }
 
     /// Whether both are the same memory.
     pub(crate) fn is(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// Remembers it without keeping it.
+    pub(crate) fn downgrade(&self) -> WeakRegion {
+        WeakRegion(Arc::downgrade(&self.0))
+    }
+
+    fn ids(&self) -> MutexGuard<'_, HashMap<(InstanceId, u64), u32>> {
+        alone(&self.0.here.here().ids)
     }
 
     pub(crate) fn memory(&self) -> &Memory {
@@ -189,8 +225,8 @@ impl Region {
     pub(crate) async fn id(&self, conn: &mut Conn, instance: InstanceId, patience: std::time::Duration) -> Result<u32> {
         const VERB: &str = "register_region";
         let server = (instance, conn.hello.server_epoch);
-        if let Some(id) = self.0.ids.lock().get(&server) {
-            return Ok(*id);
+        if let Some(id) = self.ids().get(&server).copied() {
+            return Ok(id);
         }
         let memory = &self.0.memory;
         let wish = v1::RegisterRegionRequest { offset: memory.start(), length: memory.len() as u64 };
@@ -201,7 +237,7 @@ impl Region {
         let Message::RegisterRegionReply(reply) = conn.answer(VERB, call, patience).await? else {
             return Err(Error::protocol("a registration was answered with something else"));
         };
-        let mut ids = self.0.ids.lock();
+        let mut ids = self.ids();
         if ids.len() >= REGISTRATIONS_KEPT {
             ids.clear(); // of lives that are over, nearly all; the others register again
         }
@@ -211,12 +247,12 @@ impl Region {
 
     /// The server's number for it, if it has one.
     pub(crate) fn known_as(&self, instance: InstanceId, epoch: u64) -> Option<u32> {
-        self.0.ids.lock().get(&(instance, epoch)).copied()
+        self.ids().get(&(instance, epoch)).copied()
     }
 
     /// The server does not know it (any more).
     pub(crate) fn forget(&self, instance: InstanceId) {
-        self.0.ids.lock().retain(|(i, _), _| *i != instance);
+        self.ids().retain(|(i, _), _| *i != instance);
     }
 }
 

@@ -1,6 +1,6 @@
 //! The promises of one node, asked of the real binary.
 //!
-//! `put_get`, `regions` and `namespaces` are what an engine does; `bad_input` and `block_wire` what it must not do; `lost`
+//! `put_get`, `regions`, `engine` and `namespaces` are what an engine does; `bad_input` and `block_wire` what it must not do; `lost`
 //! what it sees of a server that is gone; `ways_in`, `leases`, `tenants`,
 //! `events` and `room` what surrounds blocks; `embedded` a server that a client starts for itself; `clients_die`, `restart`,
 //! `damage`, `eio`, `failpoints`, `kill_loop` and `powercut` what can go wrong.
@@ -13,6 +13,7 @@ mod clients_die;
 mod damage;
 mod eio;
 mod embedded;
+mod engine;
 mod events;
 mod failpoints;
 mod kill_loop;

@@ -1,6 +1,6 @@
-//! KVKeep's own paths: one node, started for the run; a path is what one call does ([`What`]) on some lanes ([`lane`]).
+//! KVKeep's own paths: one node, started for the run; a path is what one call does (`What`) on some lanes (`lane`).
 //!
-//! To add a path: a variant of [`What`], its call in [`Lane::once`], and a line in [`start`] that names it.
+//! To add a path: a variant of `What`, its call in `Lane::once`, and a line in `start` that names it.
 
 mod lane;
 

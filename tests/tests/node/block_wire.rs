@@ -72,8 +72,12 @@ async fn garbage_closes_its_connection_and_nothing_else() {
         if round % 3 == 0 {
             block = block.greeted(instance(round)).await;
         }
-        let mut garbage = vec![0; rng.random_range(1..5000)];
+        let mut garbage = vec![0; rng.random_range(16..5000)];
         rng.fill_bytes(&mut garbage);
+        if round % 7 == 0 {
+            // A length beyond every bound: a small one might only say that the rest is still to come.
+            garbage[3] |= 0x80;
+        }
         if round % 5 == 0 {
             // A believable head, then nonsense.
             garbage[..1].fill(200);

@@ -85,9 +85,10 @@ impl MappedBlock {
         self.file.as_ptr().wrapping_add(self.offset)
     }
 
-    /// Whether the slot was this block's all the while until now. `false`: what was read is worthless.
+    /// Whether the slot was this block's all the while until now. `false`: what was read is worthless. A forked child does
+    /// not have the mapping: there it is `false` always, and [`Self::as_ptr`] points nowhere.
     pub fn is_still_there(&self) -> bool {
-        is_still(self, self.generation)
+        self.file.is_here() && is_still(self, self.generation)
     }
 
     /// Copies it out; `false`: it is gone, and `to` holds nothing.
@@ -97,6 +98,9 @@ impl MappedBlock {
     #[must_use]
     pub fn copy_to(&self, to: &mut [u8]) -> bool {
         assert_eq!(to.len(), self.len, "a copy takes the whole block");
+        if !self.file.is_here() {
+            return false;
+        }
         self.file.copy_out(self.offset, to);
         self.is_still_there()
     }
@@ -136,7 +140,7 @@ impl Files {
     }
 
     async fn block(&self, conn: &mut Conn, part: &v1::MappedPart, patience: Duration) -> Result<MappedBlock> {
-        let known = self.0.lock().get(&part.file).cloned();
+        let known = self.0.lock().get(&part.file).filter(|file| file.is_here()).cloned();
         let file = match known {
             Some(file) => file,
             None => self.open(conn, part.file, patience).await?,
@@ -169,7 +173,7 @@ impl Files {
             .ok_or_else(|| Error::protocol("a file of the arena came without its descriptor"))?;
         let bytes =
             usize::try_from(reply.length).map_err(|_| Error::protocol("a file larger than the address space"))?;
-        let mapped = Memory::map(descriptor, 0, bytes, false).and_then(|m| m.keep_from_children().map(|()| m));
+        let mapped = Memory::map(descriptor, 0, bytes, false).and_then(Memory::kept_from_children);
         let mapped = mapped
             .map_err(|e| Error::config("a file of the arena cannot be mapped").with("bytes", bytes).caused_by(e))?;
         let mapped = Arc::new(mapped);

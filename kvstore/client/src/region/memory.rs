@@ -13,6 +13,8 @@ use std::sync::atomic::AtomicU32;
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
+use crate::process;
+
 /// The kernel populates in steps: it holds the lock of the address space meanwhile.
 const POPULATE_STEP_BYTES: usize = 64 << 20;
 
@@ -24,6 +26,8 @@ pub(crate) struct Memory {
     descriptor: OwnedFd,
     /// Of the mapping in the file.
     start: u64,
+    /// The process whose mapping it is, where its children do not have it.
+    only_of: Option<u64>,
 }
 
 // SAFETY: shared memory reached only as the module's text says.
@@ -56,7 +60,7 @@ impl Memory {
         // SAFETY: a fresh mapping at an address the kernel chooses touches nobody's memory; the range lies in the file.
         let at = unsafe { rustix::mm::mmap(std::ptr::null_mut(), bytes, prot, MapFlags::SHARED, &descriptor, start)? };
         let base = NonNull::new(at.cast()).ok_or_else(|| io::Error::other("mmap returned address 0"))?;
-        let memory = Self { base, len: bytes, descriptor, start };
+        let memory = Self { base, len: bytes, descriptor, start, only_of: None };
         let advice = if writable { Advice::LinuxPopulateWrite } else { Advice::LinuxPopulateRead };
         let mut at = 0;
         while at < bytes {
@@ -72,10 +76,16 @@ impl Memory {
     }
 
     /// Keeps the mapping out of child processes: one that inherits it could read it behind the server's back.
-    pub(crate) fn keep_from_children(&self) -> io::Result<()> {
+    pub(crate) fn kept_from_children(mut self) -> io::Result<Self> {
         // SAFETY: advice about our own mapping that changes nothing in this process.
         unsafe { rustix::mm::madvise(self.base.as_ptr().cast(), self.len, Advice::LinuxDontFork)? };
-        Ok(())
+        self.only_of = Some(process::this());
+        Ok(self)
+    }
+
+    /// Whether this process has the mapping. A forked child lacks one that is kept from children.
+    pub(crate) fn is_here(&self) -> bool {
+        self.only_of.is_none_or(|owner| owner == process::this())
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -148,7 +158,11 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: mapped by `map` with this address and length, and everything that points into it borrows `self`.
+        if !self.is_here() {
+            return; // a forked child: what lies at these addresses there, if anything, is somebody else's
+        }
+        // SAFETY: mapped by `map` with this address and length, in this process, and everything that points into it borrows
+        // `self`.
         let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) };
     }
 }
@@ -156,4 +170,25 @@ impl Drop for Memory {
 /// Opens a file for memory that a server may write.
 pub(crate) fn open(path: &std::path::Path) -> io::Result<OwnedFd> {
     File::options().read(true).write(true).open(path).map(Into::into)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_forked_child_does_not_unmap_what_only_its_parent_has() {
+        let is_mapped = |at: *const u8| {
+            let start = format!("{:x}-", at.addr());
+            std::fs::read_to_string("/proc/self/maps").unwrap().lines().any(|line| line.starts_with(&start))
+        };
+        let mut memory = Memory::new(4096).unwrap().kept_from_children().unwrap();
+        assert!(memory.is_here());
+        // As a child finds it, with something else at the address.
+        memory.only_of = Some(process::this() + 1);
+        assert!(!memory.is_here());
+        let at = memory.as_ptr().cast_const();
+        drop(memory);
+        assert!(is_mapped(at));
+    }
 }

@@ -98,7 +98,7 @@ async fn a_block_lies_in_runs() {
 #[tokio::test]
 async fn a_block_on_nvme_goes_straight_into_its_region() {
     let node = Node::start(Options { arena_bytes: 64 << 20, nvme_bytes: 512 << 20, ..Options::default() });
-    let client = node.client().await;
+    let client = node.client_with(|c| c.way = WayWish::Only(Wire::Socket)).await;
     let ns = super::namespace(&client, &formats::plain(BYTES as u64)).await;
     let keys = payload::chain(1, 8);
     super::store(&ns, &keys, BYTES, Class::Durable).await;
@@ -121,7 +121,7 @@ async fn a_block_on_nvme_goes_straight_into_its_region() {
 #[tokio::test]
 async fn blocks_are_read_in_place() {
     let node = Node::start(Options::default());
-    let client = node.client().await;
+    let client = node.client_with(|c| c.way = WayWish::Only(Wire::Socket)).await;
     let way = client.way().unwrap();
     assert!(way.mapped && way.wire == Wire::Socket, "{way:?}");
     let ns = super::namespace(&client, &formats::plain(BYTES as u64)).await;

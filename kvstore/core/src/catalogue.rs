@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Fingerprint, Format, TEXT_BYTES_MAX};
-use crate::ids::{DigestKey, Handle, NamespaceId, Revision, TenantId};
+use crate::ids::{DigestKey, Handle, KeyDomain, NamespaceId, Revision, TenantId};
 
 /// Most tenants of one store.
 pub const TENANTS_MAX: usize = 1024;
@@ -134,14 +134,16 @@ pub struct Catalogue {
 
 impl Catalogue {
     /// An empty catalogue with the `default` tenant. `secret` is drawn once per store.
+    ///
+    /// Where namespace numbers begin follows from the secret: a client that keeps its handle while its server is exchanged for
+    /// another, or starts with an empty data folder, names a namespace that is not there, rather than somebody else's.
     pub fn new(secret: DigestKey) -> Self {
         Self {
             secret,
             tenants: vec![DEFAULT_TENANT.to_string()],
             namespaces: BTreeMap::new(),
             by_name: BTreeMap::new(),
-            // 0 means "all of the tenant's" to watchers.
-            next_namespace: 1,
+            next_namespace: first_namespace(secret),
         }
     }
 
@@ -272,6 +274,14 @@ impl Catalogue {
         namespace.revision_digest = revision_digest;
         Ok(namespace.handle())
     }
+}
+
+/// 1 to 2^31: 0 means "all of the tenant's" to watchers, and as many numbers again are left to go on with.
+fn first_namespace(secret: DigestKey) -> u32 {
+    let nobody = Handle { namespace: NamespaceId(0), revision: Revision(0) };
+    let digest = secret.digest(KeyDomain(0), nobody, b"first namespace");
+    let [a, b, c, d, ..] = *digest.as_bytes();
+    (u32::from_le_bytes([a, b, c, d]) >> 1) + 1
 }
 
 fn check_text(field: &'static str, text: &str) -> Result<()> {
@@ -429,7 +439,7 @@ mod tests {
         let mine = register(&mut c, 0, "n", format(), "w").unwrap().handle;
         let theirs = register(&mut c, 1, "n", format(), "w").unwrap().handle;
         assert_ne!(mine.namespace, theirs.namespace);
-        let never = Handle { namespace: NamespaceId(99), ..theirs };
+        let never = Handle { namespace: NamespaceId(theirs.namespace.0 + 99), ..theirs };
         let (a, b) = (c.check(TenantId(0), theirs).unwrap_err(), c.check(TenantId(0), never).unwrap_err());
         assert_eq!((a.kind(), a.message()), (b.kind(), b.message()));
         assert_eq!(a.kind(), ErrorKind::UnknownNamespace);
@@ -477,7 +487,24 @@ mod tests {
         assert_eq!(back.snapshot(), c.snapshot());
         assert_eq!(back.digest_key().to_bytes(), [7; 16]);
         let next = register(&mut back, 1, "m", format(), "w").unwrap().handle;
-        assert_eq!(next.namespace, NamespaceId(3));
+        assert_eq!(next.namespace, NamespaceId(one.namespace.0 + 2));
+    }
+
+    #[test]
+    fn a_handle_of_one_store_is_unknown_to_another() {
+        let stores = (0..64u8).map(|n| {
+            let mut c = Catalogue::new(DigestKey::from_bytes([n; 16]));
+            let handles = ["a", "b", "c"].map(|name| register(&mut c, 0, name, format(), "w").unwrap().handle);
+            (c, handles)
+        });
+        let stores: Vec<_> = stores.collect();
+        for (n, (store, _)) in stores.iter().enumerate() {
+            for (other, (_, handles)) in stores.iter().enumerate() {
+                for handle in handles {
+                    assert_eq!(store.check(TenantId(0), *handle).is_ok(), n == other, "{n} {other} {handle:?}");
+                }
+            }
+        }
     }
 
     #[test]
@@ -485,11 +512,12 @@ mod tests {
         let mut c = catalogue();
         register(&mut c, 0, "n", format(), "w1").unwrap();
         let good = String::from_utf8(c.snapshot()).unwrap();
+        let next = format!("\"next_namespace\":{}", c.next_namespace);
         for (from, to) in [
             ("\"version\":1", "\"version\":2"),
             ("bf16", "fp8"),
             ("\"default\"", "\"other\""),
-            ("\"next_namespace\":2", "\"next_namespace\":1"),
+            (next.as_str(), "\"next_namespace\":1"),
         ] {
             let bad = good.replacen(from, to, 1);
             assert_ne!(bad, good);

@@ -315,7 +315,11 @@ impl Namespace {
     ) -> Result<()> {
         let shared = &self.client.shared;
         match shared.hot_line().await? {
-            Line::Grpc => self.fetch_grpc(tries, assembly, batch, landing).await,
+            Line::Grpc => {
+                let fetched = self.fetch_grpc(tries, assembly, batch, landing).await;
+                shared.judge_grpc(&fetched);
+                fetched
+            }
             Line::Block(mut lent) => {
                 let used = lent.conn().used;
                 let left = tries.left(VERB)?;

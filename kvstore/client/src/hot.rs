@@ -264,6 +264,17 @@ impl Shared {
         self.hot.pool.breaker.answered();
     }
 
+    /// Tells the breaker how a call over gRPC ended.
+    pub(crate) fn judge_grpc<T>(&self, ended: &Result<T>) {
+        match ended {
+            // Nobody there. Any other failure came from somebody: a server, or what stands before it.
+            Err(e) if e.kind() == ErrorKind::Unreachable && !e.may_have_run() => self.lost(e),
+            // Nobody answered, and perhaps the deadline was short.
+            Err(e) if e.kind() == ErrorKind::Late => {}
+            _ => self.answered(),
+        }
+    }
+
     /// What a lost server means for an engine.
     ///
     /// # Errors
@@ -318,13 +329,7 @@ impl Shared {
         match self.hot_line().await? {
             Line::Grpc => {
                 let reply = self.once(verb, tries, call, make, send).await;
-                match &reply {
-                    // Nobody there. Any other failure came from somebody: a server, or what stands before it.
-                    Err(e) if e.kind() == ErrorKind::Unreachable && !e.may_have_run() => self.lost(e),
-                    // Nobody answered, and perhaps the deadline was short.
-                    Err(e) if e.kind() == ErrorKind::Late => {}
-                    _ => self.answered(),
-                }
+                self.judge_grpc(&reply);
                 reply
             }
             Line::Block(lent) => {

@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use kvkeep_client::{
-    BreakerState, Call, Client, ClientConfig, Fault, GetItem, Lost, MatchQuery, Namespace, PartOutcome, Place, Put,
-    PutPosition, Region,
+    BreakerState, Call, Client, ClientConfig, Fault, GetItem, GotInto, Lost, MatchQuery, Namespace, PartOutcome, Place,
+    Put, PutPosition, Region, WayWish, Wire,
 };
 use kvkeep_core::{Class, MissReason, RequestId};
 use kvkeep_tests::{Node, Options, formats, payload};
@@ -183,19 +183,35 @@ async fn a_fault_can_be_played() {
     }
 }
 
-/// The server stops before it copies; the client gives the call up and uses its memory; the server wakes up and copies
-/// nothing, because the client took its memory back.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_wakes_up_late_does_not_write_into_memory_that_was_taken_back() {
-    let environment = vec![("KVKEEP_FAILPOINT".into(), "get_into.begun:1:stop".into())];
+/// A get of one block that its client gave up.
+struct GivenUp {
+    node: Node,
+    client: Client,
+    ns: Namespace,
+    keys: Vec<bytes::Bytes>,
+    region: Region,
+    got: GotInto,
+}
+
+/// A server that stops at this place of the get.
+async fn stopped_during_a_get(failpoint: &str) -> GivenUp {
+    let environment = vec![("KVKEEP_FAILPOINT".into(), format!("{failpoint}:1:stop"))];
     let node = Node::start(Options { environment, ..Options::default() });
     let (client, ns) = engine(&node).await;
     let keys = payload::chain(1, 1);
     super::store(&ns, &keys, BYTES, Class::Cache).await;
     let region = Region::new(BYTES).unwrap();
-    let got =
-        ns.get_into_region(&[GetItem::of(keys[0].clone())], &places(&region, 1), None, &Call::default()).await.unwrap();
-    assert!(!got[0].is_hit() && !got[0].in_doubt, "no copy was under way: {got:?}");
+    let items = [GetItem::of(keys[0].clone())];
+    let got = ns.get_into_region(&items, &places(&region, 1), None, &Call::default()).await.unwrap().remove(0);
+    GivenUp { node, client, ns, keys, region, got }
+}
+
+/// The server stops before it copies; the client gives the call up and uses its memory; the server wakes up and copies
+/// nothing, because the client took its memory back.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_wakes_up_late_does_not_write_into_memory_that_was_taken_back() {
+    let GivenUp { node, client, ns, keys, region, got } = stopped_during_a_get("get_into.begun").await;
+    assert!(!got.is_hit() && !got.in_doubt, "no copy was under way: {got:?}");
     let ours = vec![0xa5; BYTES];
     region.write(0, &ours);
     node.resume();
@@ -210,15 +226,8 @@ async fn a_server_that_wakes_up_late_does_not_write_into_memory_that_was_taken_b
 /// The server stops in the middle of a copy: the part is a miss, and its memory is in doubt until the copy has ended.
 #[tokio::test(flavor = "multi_thread")]
 async fn memory_under_a_copy_that_stopped_is_in_doubt_until_it_ends() {
-    let environment = vec![("KVKEEP_FAILPOINT".into(), "copy.guarded:1:stop".into())];
-    let node = Node::start(Options { environment, ..Options::default() });
-    let (client, ns) = engine(&node).await;
-    let keys = payload::chain(1, 1);
-    super::store(&ns, &keys, BYTES, Class::Cache).await;
-    let region = Region::new(BYTES).unwrap();
-    let got =
-        ns.get_into_region(&[GetItem::of(keys[0].clone())], &places(&region, 1), None, &Call::default()).await.unwrap();
-    assert!(!got[0].is_hit() && got[0].in_doubt, "{got:?}");
+    let GivenUp { node, client, ns, keys, region: _region, got } = stopped_during_a_get("copy.guarded").await;
+    assert!(!got.is_hit() && got.in_doubt, "{got:?}");
     assert!(!client.settle(Duration::from_millis(50)).await);
     node.resume();
     assert!(client.settle(Duration::from_secs(20)).await);
@@ -245,4 +254,18 @@ async fn a_put_that_was_given_up_under_its_copy_is_not_stored() {
     kvkeep_tests::leaks::nothing_is_held(&watcher).await;
     let theirs = super::namespace(&watcher, &formats::plain(BYTES as u64)).await;
     assert_eq!(super::found(&theirs, &keys, BYTES).await, 0, "stored although it was given up");
+}
+
+/// A client that only reads notices as well that nobody is there.
+#[tokio::test(flavor = "multi_thread")]
+async fn gets_over_grpc_open_the_breaker() {
+    let mut node = Node::start(Options::default());
+    let change = |c: &mut ClientConfig| (c.lost, c.way) = (Lost::Misses, WayWish::Only(Wire::Grpc));
+    let client = node.client_with(change).await;
+    let ns = super::namespace(&client, &formats::plain(BYTES as u64)).await;
+    let items = [GetItem::of(payload::chain(1, 1).remove(0))];
+    node.kill();
+    let got = ns.get(&items, None, &Call::default()).await.unwrap();
+    assert_eq!(got[0].reason, Some(MissReason::Unreachable));
+    assert!(client.counters().breaker_opened > 0, "{:?}", client.counters());
 }

@@ -156,7 +156,7 @@ impl Reading {
                 let descriptor = self.frames.take_descriptor();
                 let store = Arc::clone(&self.peer.verbs.store);
                 let via = self.peer.connection.via;
-                self.call(call, RequestId::default(), move |_, _| async move {
+                self.call(call, RequestId::default(), move |_| async move {
                     // Mapping a region makes all its page-table entries: not between two frames, nor on the runtime.
                     let instance = hello.instance;
                     let register = move || store.register_region(instance, via, wish.offset, wish.length, descriptor);
@@ -200,35 +200,38 @@ impl Reading {
                     }
                     Ok(call) => {
                         let request = call.context.request_id.clone();
-                        let run = |_, _| async move {
-                            verbs.r#match(call, m.queries, may_map).await.map(Message::MatchReply)
-                        };
-                        return self.called(number, request, run).await;
+                        let run =
+                            |_| async move { verbs.r#match(call, m.queries, may_map).await.map(Message::MatchReply) };
+                        self.call(number, request, run).await;
+                        return Ok(());
                     }
                 }
             }
             Message::UnregisterRegion(m) => {
                 let (store, instance) = (Arc::clone(&verbs.store), hello.instance);
-                let run = move |_, _| async move {
+                let run = move |_| async move {
                     store.unregister_region(instance, m.region_id).await?;
                     Ok(Message::UnregisterRegionReply(v1::UnregisterRegionReply {}))
                 };
-                return self.called(number, RequestId::default(), run).await;
+                self.call(number, RequestId::default(), run).await;
+                return Ok(());
             }
             Message::Reserve(mut m) => match open(m.ctx.take()) {
                 Err(e) => Err(e),
                 Ok(call) => {
                     let request = call.context.request_id.clone();
-                    let run = |_, _| async move { verbs.reserve(&call, m).await.map(Message::ReserveReply) };
-                    return self.called(number, request, run).await;
+                    let run = |_| async move { verbs.reserve(&call, m).await.map(Message::ReserveReply) };
+                    self.call(number, request, run).await;
+                    return Ok(());
                 }
             },
             Message::Commit(mut m) => match open(m.ctx.take()) {
                 Err(e) => Err(e),
                 Ok(call) => {
                     let request = call.context.request_id.clone();
-                    let run = |_, _| async move { verbs.commit(&call, m.parts).await.map(Message::CommitReply) };
-                    return self.called(number, request, run).await;
+                    let run = |_| async move { verbs.commit(&call, m.parts).await.map(Message::CommitReply) };
+                    self.call(number, request, run).await;
+                    return Ok(());
                 }
             },
             Message::Get(mut m) => match open(m.ctx.take()).and_then(|call| verbs.get(call, m)) {
@@ -249,8 +252,9 @@ impl Reading {
                 Ok(get) => {
                     let request = get.request().clone();
                     let run =
-                        |_, ticket: Arc<Ticket>| async move { get.run(&ticket.stop).await.map(Message::GetIntoReply) };
-                    return self.called(number, request, run).await;
+                        |ticket: Arc<Ticket>| async move { get.run(&ticket.stop).await.map(Message::GetIntoReply) };
+                    self.call(number, request, run).await;
+                    return Ok(());
                 }
             },
             Message::PutFrom(m) => match from::PutFrom::open(&self.peer, hello, m) {
@@ -258,8 +262,9 @@ impl Reading {
                 Ok(put) => {
                     let request = put.request().clone();
                     let run =
-                        |_, ticket: Arc<Ticket>| async move { put.run(&ticket.stop).await.map(Message::PutFromReply) };
-                    return self.called(number, request, run).await;
+                        |ticket: Arc<Ticket>| async move { put.run(&ticket.stop).await.map(Message::PutFromReply) };
+                    self.call(number, request, run).await;
+                    return Ok(());
                 }
             },
             _ => return Err(violation("a message that only a server sends")),
@@ -268,31 +273,22 @@ impl Reading {
         Ok(())
     }
 
-    async fn called<F, Fut>(&self, number: u64, request: RequestId, run: F) -> io::Result<()>
-    where
-        F: FnOnce(Arc<Peer>, Arc<Ticket>) -> Fut,
-        Fut: Future<Output = Answer<Message>> + Send + 'static,
-    {
-        self.call(number, request, run).await;
-        Ok(())
-    }
-
     /// Runs a call in a task of its own. It runs to its end even if the connection does not: started work is finished.
     async fn call<F, Fut>(&self, number: u64, request: RequestId, run: F)
     where
-        F: FnOnce(Arc<Peer>, Arc<Ticket>) -> Fut,
+        F: FnOnce(Arc<Ticket>) -> Fut,
         Fut: Future<Output = Answer<Message>> + Send + 'static,
     {
         match self.peer.start(number, request) {
             Ok(ticket) => {
                 let ticket = Arc::new(ticket);
-                let (peer, running) = (Arc::clone(&self.peer), run(Arc::clone(&self.peer), Arc::clone(&ticket)));
-                let mut running = Box::pin(running);
+                let mut running = Box::pin(run(Arc::clone(&ticket)));
                 // What need not wait is answered by this task: waking another costs more than a copy of some 100 KiB.
                 if let Poll::Ready(answer) = futures_util::poll!(&mut running) {
                     drop(ticket);
                     return self.peer.answer(number, answer).await;
                 }
+                let peer = Arc::clone(&self.peer);
                 tokio::spawn(async move {
                     let envelope = spell(number, running.await);
                     // Off the list before the answer is out: the client may use the number again at once.

@@ -23,7 +23,7 @@ pub mod script;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::ensure;
+use anyhow::{bail, ensure};
 use clap::Args;
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
@@ -64,6 +64,9 @@ pub struct PeersCommand {
     /// Whose paths to measure, separated by commas: ours, reference, peer [default: all; ours,reference with --quick]
     #[arg(long, value_delimiter = ',')]
     only: Vec<Kind>,
+    /// Which paths to measure, by name, separated by commas, as in `region_get,mapped_get` [default: all]
+    #[arg(long, value_delimiter = ',')]
+    paths: Vec<String>,
     /// A Python interpreter with client libraries of peers; may be given several times, each peer takes the first that has
     /// its library [default: that of $VIRTUAL_ENV, else python3]
     #[arg(long)]
@@ -125,6 +128,13 @@ pub async fn command(command: PeersCommand) -> anyhow::Result<bool> {
     for skipped in &skipped {
         eprintln!("SKIPPED {}: {}", skipped.what, skipped.why);
     }
+    let named = |path: &str| command.paths.iter().any(|name| name == path);
+    if let Some(unknown) = command.paths.iter().find(|name| !entries.iter().any(|entry| entry.id.path == **name)) {
+        let mut names: Vec<_> = entries.iter().map(|entry| entry.id.path.as_str()).collect();
+        names.dedup();
+        bail!("--paths names {unknown:?}, which is not there; there are {}", names.join(", "));
+    }
+    entries.retain(|entry| command.paths.is_empty() || named(&entry.id.path));
     ensure!(!entries.is_empty(), "there is nothing to measure");
 
     let plan = Plan { rounds, window: Duration::from_millis(window_ms), until: quick.then(|| began + QUICK_TIME) };

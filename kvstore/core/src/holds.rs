@@ -19,7 +19,7 @@
 //!
 //! `tests/shuttle` drives this against slots that are reused.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt::Debug;
 use std::hash::Hash;
 use std::sync::Arc;
@@ -42,21 +42,20 @@ pub trait Process {
     fn has_ended(&self) -> bool;
 }
 
-/// What became of a wish to hold.
+/// What became of a wish to hold: what is not here is held.
 #[derive(Debug)]
-pub enum Held<H> {
-    /// It is held.
-    Now,
-    /// Its lease holds the slot already; this further hold is not needed.
-    Already(H),
-    /// Over the bound.
-    TooMuch(H),
+#[must_use = "dropped outside of the lock"]
+pub struct Held<H> {
+    /// Further holds on slots that their lease holds already, and everything from the first that is over the bound.
+    pub not_needed: Vec<H>,
+    /// The bound was met.
+    pub too_much: bool,
 }
 
 /// What one instance holds. Dropping it lets go.
 #[derive(Debug)]
 pub struct Reader<H: Hold, P> {
-    leases: HashMap<LeaseId, HashMap<H::Slot, H>>,
+    leases: HashMap<LeaseId, Vec<H>>,
     bytes: u64,
     processes: Vec<Arc<P>>,
 }
@@ -69,7 +68,7 @@ impl<H: Hold, P> Default for Reader<H, P> {
 
 impl<H: Hold, P: Process> Reader<H, P> {
     fn release(&mut self, lease: LeaseId) -> Vec<H> {
-        let released: Vec<H> = self.leases.remove(&lease).into_iter().flat_map(HashMap::into_values).collect();
+        let released = self.leases.remove(&lease).unwrap_or_default();
         self.bytes -= released.iter().map(Hold::bytes).sum::<u64>();
         released
     }
@@ -120,19 +119,35 @@ impl<H: Hold, P: Process> Holds<H, P> {
         })
     }
 
-    /// Holds a slot under a lease, which is certain to be there meanwhile.
-    pub fn hold(&mut self, instance: InstanceId, lease: LeaseId, hold: H, bytes_max: u64) -> Held<H> {
-        let reader = self.reader(instance);
-        let (slot, bytes) = (hold.slot(), hold.bytes());
-        if reader.leases.get(&lease).is_some_and(|slots| slots.contains_key(&slot)) {
-            return Held::Already(hold);
+    /// Holds slots under a lease, which is certain to be there meanwhile. Slots that it holds already are not charged twice,
+    /// so that a match may be asked again; one that is named twice in one call is.
+    pub fn hold(&mut self, instance: InstanceId, lease: LeaseId, wished: Vec<H>, bytes_max: u64) -> Held<H> {
+        let mut held = Held { not_needed: Vec::new(), too_much: false };
+        if wished.is_empty() {
+            return held;
         }
-        if reader.bytes.saturating_add(bytes) > bytes_max {
-            return Held::TooMuch(hold);
+        let Reader { leases, bytes, .. } = self.reader(instance);
+        let holds = leases.entry(lease).or_default();
+        // Empty in the usual case, a lease that was taken just now: then nothing is hashed per slot.
+        let known: HashSet<H::Slot> = holds.iter().map(Hold::slot).collect();
+        let mut wished = wished.into_iter();
+        for hold in wished.by_ref() {
+            if known.contains(&hold.slot()) {
+                held.not_needed.push(hold);
+            } else if bytes.saturating_add(hold.bytes()) > bytes_max {
+                held.too_much = true;
+                held.not_needed.push(hold);
+                break;
+            } else {
+                *bytes += hold.bytes();
+                holds.push(hold);
+            }
         }
-        reader.leases.entry(lease).or_default().insert(slot, hold);
-        reader.bytes += bytes;
-        Held::Now
+        held.not_needed.extend(wished);
+        if holds.is_empty() {
+            leases.remove(&lease);
+        }
+        held
     }
 
     /// What a lease of this instance held, to be dropped outside of the lock. The lease has ended before.
@@ -212,11 +227,15 @@ mod tests {
     #[test]
     fn what_an_instance_holds_is_bounded_and_let_go_by_its_release() {
         let (mut holds, held) = holds();
-        let mut hold = |slot, lease| holds.hold(ONE, LeaseId(lease), Slot(slot, Arc::clone(&held)), 25);
-        assert!(matches!(hold(1, 1), Held::Now));
-        assert!(matches!(hold(1, 1), Held::Already(_)));
-        assert!(matches!(hold(2, 2), Held::Now));
-        assert!(matches!(hold(3, 3), Held::TooMuch(_)));
+        let mut hold = |lease, slots: &[u32]| {
+            let wished = slots.iter().map(|slot| Slot(*slot, Arc::clone(&held))).collect();
+            let not = holds.hold(ONE, LeaseId(lease), wished, 25);
+            (not.not_needed.iter().map(Hold::slot).collect::<Vec<_>>(), not.too_much)
+        };
+        assert_eq!(hold(1, &[1]), (vec![], false));
+        assert_eq!(hold(1, &[1]), (vec![1], false), "held already");
+        assert_eq!(hold(2, &[2, 3, 4]), (vec![3, 4], true), "the bound lies between 2 and 3");
+        assert_eq!(hold(3, &[5]), (vec![5], true));
         assert_eq!(holds.usage(), HoldsUsage { slots: 2, bytes: 20, orphaned_bytes: 0 });
         assert_eq!(holds.release(InstanceId([2; 16]), LeaseId(1)).len(), 0, "another's");
         assert_eq!(holds.release(ONE, LeaseId(1)).len(), 1);
@@ -230,11 +249,11 @@ mod tests {
         let (mut holds, held) = holds();
         let process = Arc::new(AtomicBool::new(false));
         holds.processes(ONE).push(Arc::clone(&process));
-        holds.hold(ONE, LeaseId(1), Slot(1, Arc::clone(&held)), 100);
+        assert!(!holds.hold(ONE, LeaseId(1), vec![Slot(1, Arc::clone(&held))], 100).too_much);
         holds.end_instance(ONE);
         assert!(holds.bury().is_empty(), "its process reads on");
         // The process is here again, with the files that it mapped before: it asks for none.
-        holds.hold(ONE, LeaseId(2), Slot(2, Arc::clone(&held)), 100);
+        assert!(!holds.hold(ONE, LeaseId(2), vec![Slot(2, Arc::clone(&held))], 100).too_much);
         holds.end_instance(ONE);
         assert!(holds.bury().is_empty(), "and still reads on");
         assert_eq!(holds.usage().orphaned_bytes, 20);

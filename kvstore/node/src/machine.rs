@@ -1,11 +1,20 @@
-//! What this machine has: memory that may be used, disk that is free.
+//! What this machine has: processors, memory that may be used, disk that is free.
 
 use std::fs;
 use std::path::Path;
+use std::sync::LazyLock;
 
 use kvkeep_core::{Error, ErrorKind, Result};
 
 use crate::size::ByteSize;
+
+/// Processors that this process may use, at least 1. Asked once: the answer comes out of files of the cgroup and takes 45 us,
+/// a fifth of the time of a whole get.
+pub fn cores() -> usize {
+    static CORES: LazyLock<usize> =
+        LazyLock::new(|| std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get));
+    *CORES
+}
 
 /// min(available memory, what is left of the cgroup's limit).
 pub fn memory_for_us() -> Result<ByteSize> {

@@ -6,7 +6,7 @@
 
 use std::sync::Arc as Known;
 
-use kvkeep_core::holds::{Held, Hold, Holds, Process};
+use kvkeep_core::holds::{Hold, Holds, Process};
 use kvkeep_core::slot_entry::is_still;
 use kvkeep_core::{InstanceId, LeaseId};
 use shuttle::sync::atomic::{AtomicBool, Ordering};
@@ -157,9 +157,10 @@ impl Server {
             if self.fault == Fault::LooksThenHolds {
                 drop(leases);
             }
-            self.holds.lock().unwrap().hold(ONE, lease, pin, BYTES_MAX)
+            self.holds.lock().unwrap().hold(ONE, lease, vec![pin], BYTES_MAX)
         };
-        assert!(!matches!(held, Held::TooMuch(_)));
+        assert!(!held.too_much);
+        drop(held);
         Some(generation)
     }
 

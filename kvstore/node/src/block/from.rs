@@ -1,7 +1,7 @@
 //! Put from a region: reserve, copy, commit in one call.
 //!
-//! Floor of one 1 MiB part: one pass of non-temporal copies into the slot, one pass for the sums over what landed (what the
-//! client's memory held a moment before proves nothing); no system call beside the two messages.
+//! Floor of one 1 MiB part: one pass over the client's memory, summed page by page on its way into the slot by non-temporal
+//! stores (what the client's memory held before or holds afterwards proves nothing); no system call beside the two messages.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,6 +16,7 @@ use super::peer::Peer;
 use super::scatter::{Copied, Scatter, word};
 use crate::connection::Hello;
 use crate::failpoint;
+use crate::machine::cores;
 use crate::store::reservations::ReservationId;
 use crate::verbs::{Answer, Call, Verbs};
 
@@ -131,8 +132,7 @@ type Failed = std::collections::HashMap<usize, Error>;
 impl Copying {
     /// Copies every part into its slot; what failed, by its place. The reservations of those are given up.
     async fn all(this: &Arc<Self>, stop: &CancellationToken) -> Failed {
-        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
-        let tasks = cores.min(this.parts.len());
+        let tasks = cores().min(this.parts.len());
         if tasks <= 1 {
             return Arc::clone(this).work(stop.clone()).await;
         }
@@ -176,7 +176,7 @@ impl Copying {
     fn copy(&self, part: usize) -> Result<(), Error> {
         let (id, _, scatter) = &self.parts[part];
         let word = self.word.as_ref();
-        let copied = self.verbs.store.fill(self.call.caller, *id, |slot| scatter.read(slot, word))?;
+        let copied = self.verbs.store.fill(self.call.caller, *id, |slot, sums| scatter.read(slot, sums, word))?;
         // A word that is revoked by now was not when the bytes were taken: they are what was put.
         match copied {
             Copied::Yes => Ok(()),

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use kvkeep_core::call_word::{begin_copy, end_copy};
+use kvkeep_core::checksum::RunningSums;
 use kvkeep_core::{Error, ErrorKind, InstanceId, Result};
 use kvkeep_proto::v1;
 use kvkeep_tiers::io::IoBuf;
@@ -82,13 +83,13 @@ impl Scatter {
         })
     }
 
-    /// Fills `to` from the runs.
-    pub fn read(&self, mut to: &mut [u8], word: Option<&Word>) -> Result<Copied> {
+    /// Fills `to` from the runs, and sums what it was filled with.
+    pub fn read(&self, mut to: &mut [u8], sums: &mut RunningSums, word: Option<&Word>) -> Result<Copied> {
         self.guarded(word, |scatter| {
             for (region, runs) in &scatter.runs {
                 for (offset, bytes) in runs.each() {
                     let (head, tail) = std::mem::take(&mut to).split_at_mut(bytes as usize);
-                    region.read(offset, head)?;
+                    region.read(offset, head, sums)?;
                     to = tail;
                 }
             }

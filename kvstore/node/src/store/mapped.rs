@@ -9,7 +9,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use kvkeep_client::convert;
 use kvkeep_core::directory::Located;
-use kvkeep_core::holds::{Held, Hold, Holds, HoldsUsage, Process};
+use kvkeep_core::holds::{Hold, Holds, HoldsUsage, Process};
 use kvkeep_core::{BlockId, Digest, Error, ErrorKind, InstanceId, LeaseId, MissReason, PartStatus, Result, SlotRef};
 use kvkeep_proto::v1;
 use kvkeep_tiers::dram::{Pinned, Site};
@@ -217,8 +217,7 @@ impl Store {
             parts.push(v1::MappedPart { item: w.item, ..part });
         }
         let (count, bytes_max) = (slots.len() as u64, self.config.limits.mapped_bytes_max.0);
-        let (mut slots, mut not_needed, mut too_much) = (slots.into_iter(), Vec::new(), false);
-        {
+        let held = {
             // Held while the lease is certain to be there: a hold that came behind its release, or behind the end of its
             // instance, would be nobody's to give back.
             let directory = self.directory.lock();
@@ -230,22 +229,11 @@ impl Store {
                 parts[first..].iter_mut().zip(&wanted).for_each(|(part, w)| gone(part, w));
                 return Ok(());
             }
-            let mut holds = self.mapped.0.lock();
-            for slot in slots.by_ref() {
-                match holds.hold(caller.instance, lease, slot, bytes_max) {
-                    Held::Now => {}
-                    Held::Already(slot) => not_needed.push(slot),
-                    Held::TooMuch(slot) => {
-                        not_needed.push(slot);
-                        too_much = true;
-                        break;
-                    }
-                }
-            }
-        }
+            self.mapped.0.lock().hold(caller.instance, lease, slots, bytes_max)
+        };
         // Outside of the locks, as in `Mapped::release`.
-        drop((not_needed, slots));
-        if too_much {
+        drop(held.not_needed);
+        if held.too_much {
             return Err(Error::new(
                 ErrorKind::Throttled,
                 "this instance holds too much for mapped reads: release leases",

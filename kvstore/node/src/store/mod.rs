@@ -50,6 +50,7 @@ use crate::catalogue_file::CatalogueFile;
 use crate::config::Config;
 use crate::connection::{Instances, Via};
 use crate::counters::Counters;
+use crate::machine::cores;
 use clock::Clock;
 use get::PartRead;
 use journal::{Journal, Moved, Subject};
@@ -277,7 +278,6 @@ impl Store {
     /// How many parts of a get into regions to work on at a time: one per processor where all are in DRAM, as many as
     /// `limits.get_read_ahead_bytes` lets wait for the device where one is not.
     pub fn reads_ahead(&self, reads: &[PartRead]) -> usize {
-        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
         let below = {
             let directory = self.directory.lock();
             reads
@@ -285,7 +285,7 @@ impl Store {
                 .take(SLICE_KEYS)
                 .any(|r| directory.locate(&r.id.digest, r.id.group, r.id.shard).is_some_and(|l| l.slot.is_none()))
         };
-        if below { self.parts_ahead(reads).clamp(cores, READS_AHEAD_MAX) } else { cores }
+        if below { self.parts_ahead(reads).clamp(cores(), READS_AHEAD_MAX) } else { cores() }
     }
 
     fn first_hit(&self) {

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use kvkeep_client::convert;
+use kvkeep_core::checksum::RunningSums;
 use kvkeep_core::{Error, ErrorKind, Result};
 use kvkeep_proto::v1;
 
@@ -140,18 +141,24 @@ fn check(reservation: &Reservation, offset: u64, bytes: usize) -> Result<()> {
 }
 
 impl Store {
-    /// Fills a reservation's slot by one copy of all its bytes, and sums what landed. Whatever `copy` answers is given back;
-    /// on its error the reservation is as it was.
+    /// Fills a reservation's slot by one copy of all its bytes, which `copy` sums. Whatever `copy` answers is given back; on its
+    /// error the reservation is as it was.
     ///
     /// # Errors
     /// Of `copy`; `Expired` and `Conflict` where the reservation is not there to be written.
-    pub fn fill<T>(&self, caller: Caller, id: ReservationId, copy: impl FnOnce(&mut [u8]) -> Result<T>) -> Result<T> {
+    pub fn fill<T>(
+        &self,
+        caller: Caller,
+        id: ReservationId,
+        copy: impl FnOnce(&mut [u8], &mut RunningSums) -> Result<T>,
+    ) -> Result<T> {
         let mut reservation = self.reservations.lock().take(id, caller.tenant)?;
         let filled = (|| {
             let slot = reservation.slot.as_mut().filter(|_| reservation.written == 0);
             let slot = slot.ok_or_else(|| Error::new(ErrorKind::Conflict, "the reservation takes no bytes"))?;
-            let copied = copy(slot.bytes_mut()?)?;
-            reservation.sums.add(slot.bytes()?);
+            let mut sums = RunningSums::default();
+            let copied = copy(slot.bytes_mut()?, &mut sums)?;
+            reservation.sums = sums;
             reservation.written = reservation.meta.len;
             Ok(copied)
         })();

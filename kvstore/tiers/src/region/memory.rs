@@ -14,12 +14,20 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 
 use kvkeep_core::call_word::SharedWord;
+use kvkeep_core::checksum::RunningSums;
 
-use crate::copy::copy_cold_raw;
+use crate::copy::{copy_cold, copy_cold_raw};
 use crate::io::buf::IoBuf;
 
 /// Page-table entries are made in steps: the kernel holds the lock of the address space meanwhile.
 const POPULATE_STEP_BYTES: usize = 64 << 20;
+
+/// Bytes that go through the cache at a time on their way out of a region.
+const PAGE_BYTES: usize = 4096;
+
+/// Aligned for the copies.
+#[repr(align(64))]
+struct Page([u8; PAGE_BYTES]);
 
 /// A mapped region. Unmapped when the last holder is gone.
 #[derive(Debug)]
@@ -90,11 +98,24 @@ impl Mapping {
         unsafe { copy_cold_raw(self.at(offset, from.len()), from.as_ptr(), from.len()) }
     }
 
+    /// Copies and sums in one pass over the client's memory: by way of a page of this process, which nobody changes between
+    /// the sum and the copy, and which never leaves the cache. (Summing where the bytes landed reads them from memory once
+    /// more: 235 us instead of 188 us for 1 MiB here.)
+    ///
     /// # Panics
     /// If the range lies outside.
-    pub(super) fn read(&self, offset: usize, to: &mut [u8]) {
-        // SAFETY: as in `write`, the other way round; `to` is borrowed mutably.
-        unsafe { copy_cold_raw(to.as_mut_ptr(), self.at(offset, to.len()), to.len()) }
+    pub(super) fn read(&self, offset: usize, to: &mut [u8], sums: &mut RunningSums) {
+        let mut page = Page([0; PAGE_BYTES]);
+        for (n, to) in to.chunks_mut(PAGE_BYTES).enumerate() {
+            let page = &mut page.0[..to.len()];
+            // SAFETY: `at` checks the range; `page` is memory of this thread, which the mapping is not; nobody has a reference
+            // into the mapping.
+            unsafe {
+                std::ptr::copy_nonoverlapping(self.at(offset + n * PAGE_BYTES, to.len()), page.as_mut_ptr(), to.len())
+            };
+            sums.add(page);
+            copy_cold(to, page);
+        }
     }
 
     /// # Panics

@@ -5,7 +5,7 @@
 //! is reached by `pread` and `pwrite`, which answer with an error instead.
 //!
 //! The bytes of a region are the client's, who may change them whenever it likes. Nothing here believes that two looks at
-//! them see the same: what is stored is copied first and summed where it landed.
+//! them see the same: what is stored is copied first, and the copy is summed.
 
 mod memory;
 
@@ -16,6 +16,7 @@ use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 
 use kvkeep_core::call_word::CALL_WORD_BYTES;
+use kvkeep_core::checksum::{RunningSums, SUM_CHUNK_BYTES};
 use kvkeep_core::{Error, ErrorKind, Result};
 use rustix::fs::{FileType, OFlags, SealFlags};
 
@@ -174,15 +175,23 @@ impl Region {
         Ok(())
     }
 
-    /// Copies bytes out of the region.
+    /// Copies bytes out of the region, and sums what was copied: never what the client may have made of it since.
     ///
     /// # Errors
     /// As [`Self::write`].
-    pub fn read(&self, offset: u64, to: &mut [u8]) -> Result<()> {
+    pub fn read(&self, offset: u64, to: &mut [u8], sums: &mut RunningSums) -> Result<()> {
         self.inside(offset, to.len())?;
         match &self.mapping {
-            Some(mapping) => mapping.read(offset as usize, to),
-            None => self.file.read_exact_at(to, self.start + offset).map_err(|e| gone(&e))?,
+            Some(mapping) => mapping.read(offset as usize, to, sums),
+            None => {
+                // In pieces that are still in the cache when they are summed.
+                let mut at = self.start + offset;
+                for to in to.chunks_mut(SUM_CHUNK_BYTES) {
+                    self.file.read_exact_at(to, at).map_err(|e| gone(&e))?;
+                    sums.add(to);
+                    at += to.len() as u64;
+                }
+            }
         }
         Ok(())
     }

@@ -1,6 +1,7 @@
 use std::os::fd::{AsFd as _, OwnedFd};
 
 use kvkeep_core::call_word::{begin_copy, end_copy, is_settled, revoke};
+use kvkeep_core::checksum::ChunkSums;
 use rustix::fs::{MemfdFlags, fcntl_add_seals, ftruncate, memfd_create};
 
 use super::*;
@@ -48,10 +49,12 @@ fn bytes_go_in_and_come_out_mapped_and_not() {
         let bytes: Vec<u8> = (0..100_000u32).map(|n| n as u8 ^ 0x5a).collect();
         region.write(777, &bytes).unwrap();
         let mut back = vec![0; bytes.len()];
-        region.read(777, &mut back).unwrap();
+        let mut sums = RunningSums::default();
+        region.read(777, &mut back, &mut sums).unwrap();
         assert!(back == bytes);
+        assert_eq!(sums.finish(), ChunkSums::of(&bytes));
         assert!(region.write(BYTES - 4096 - 10, &bytes).is_err());
-        assert!(region.read(u64::MAX - 3, &mut back).is_err());
+        assert!(region.read(u64::MAX - 3, &mut back, &mut RunningSums::default()).is_err());
     }
 }
 
@@ -61,7 +64,7 @@ fn a_region_that_was_truncated_is_an_error() {
     let fd = memfd(BYTES, true, SealFlags::empty());
     let region = Region::new(fd.as_fd().try_clone_to_owned().unwrap(), 0, BYTES, false).unwrap();
     ftruncate(&fd, 4096).unwrap();
-    assert_eq!(region.read(8192, &mut [0; 4096]).unwrap_err().kind(), ErrorKind::Io);
+    assert_eq!(region.read(8192, &mut [0; 4096], &mut RunningSums::default()).unwrap_err().kind(), ErrorKind::Io);
     assert_eq!(region.write(8192, &[1; 4096]).unwrap_err().kind(), ErrorKind::Io);
 }
 
@@ -107,7 +110,7 @@ fn only_whole_pages_of_a_mapped_region_take_a_devices_read() {
     let mut buf = region.io_buf(4096, 8192).unwrap();
     buf.as_mut_slice().fill(9);
     let mut seen = [0; 1];
-    region.read(4096 + 8191, &mut seen).unwrap();
+    region.read(4096 + 8191, &mut seen, &mut RunningSums::default()).unwrap();
     assert_eq!(seen, [9]);
     assert!(
         region.io_buf(4096, 100).is_none() && region.io_buf(1, 4096).is_none() && region.io_buf(BYTES, 4096).is_none()

@@ -2,13 +2,14 @@
 //!
 //! The commands: [`replay`] (a workload through the real API) -> [`main_job`] (what `make run` runs: a replay with the node
 //! killed half-way) -> [`load`] (closed and open loop) -> [`grpc`] (against a bare service) -> [`matching`] (cost of match)
-//! -> [`peers`] (beside other stores and plain references).
+//! -> [`peers`] (beside other stores and plain references) -> [`device`] (NVMe into a region, beside fio).
 //! What they stand on: [`trace`] (workloads), [`block_bytes`] and [`keys`] (bytes and names made from ids), [`measure`]
 //! (histograms, CPU, load), [`progress`], [`units`], [`node`] (starting and killing `kvkeepd`).
 //!
 //! Every JSON names its schema and version. Timings are reported, never asserted.
 
 pub mod block_bytes;
+pub mod device;
 pub mod grpc;
 pub mod keys;
 pub mod load;

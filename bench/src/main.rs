@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use kvkeep_bench::{grpc, load, main_job, matching, peers, replay};
+use kvkeep_bench::{device, grpc, load, main_job, matching, peers, replay};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Load, replay and comparisons for KVKeep.
@@ -26,6 +26,8 @@ enum Command {
     Grpc(grpc::GrpcCommand),
     /// What looking up long chains costs, and whether others feel it
     Match(matching::MatchCommand),
+    /// Blocks from NVMe into a client's region, beside fio on the same files
+    Device(device::DeviceCommand),
     /// Ours beside other stores and plain references, in one run of random order
     Peers(peers::PeersCommand),
     /// The bare service that `grpc` compares with
@@ -43,6 +45,7 @@ async fn run(command: Command) -> anyhow::Result<bool> {
         Command::Load(c) => load::command(c).await,
         Command::Grpc(c) => grpc::command(c).await,
         Command::Match(c) => matching::command(c).await,
+        Command::Device(c) => device::command(c).await,
         Command::Peers(c) => peers::command(c).await,
         Command::PeersReference(c) => peers::references::server::command(c).await,
         Command::BareServer(c) => grpc::bare::command(c).await,

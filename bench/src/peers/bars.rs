@@ -37,6 +37,8 @@ pub mod ours {
     pub const MAPPED_GET: &str = "mapped_get";
     /// An empty call on the socket of the above.
     pub const EMPTY_CALL: &str = "empty_call";
+    /// A look-up without a hit.
+    pub const MISSED_MATCH: &str = "missed_match";
     /// Over the block port.
     pub const PORT_GET: &str = "port_get";
     /// Over the block port.

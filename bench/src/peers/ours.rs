@@ -22,6 +22,8 @@ use lane::{Lane, What, key};
 
 /// Arena of a node: the working set, and room for what is put.
 const ARENA_BYTES: &str = "2GiB";
+/// Keys of a look-up without a hit: prompts of 1,024, 16,384 and 65,536 tokens of 16 tokens a key.
+const MISSED_KEYS: [u32; 3] = [64, 1024, 4096];
 /// Blocks of one call that fills the store.
 const FILL_BATCH: usize = 8;
 /// The certificate of the node with TLS is for this name.
@@ -69,6 +71,10 @@ pub async fn start(kvkeepd: Option<&FilePath>, memory: &Arc<Memory>) -> anyhow::
         Ok(())
     };
     add(&plain, single(names::EMPTY_CALL, Way::Call), Wire::Socket, What::Ping, "an empty call, Unix socket")?;
+    for batch in MISSED_KEYS {
+        let id = PathId { batch, ..single(names::MISSED_MATCH, Way::Call) };
+        add(&plain, id, Wire::Socket, What::MissedMatch, "a look-up of so many keys without a hit, Unix socket")?;
+    }
     for batch in [BATCH, 1] {
         let id = |name, way| PathId { batch, ..single(name, way) };
         let socket = Wire::Socket;

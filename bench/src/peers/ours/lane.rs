@@ -35,12 +35,14 @@ pub enum What {
     RegionPut,
     /// In place.
     MappedGet,
+    /// A look-up of so many keys as the batch has, none of which was ever stored: what a store costs that helps nothing.
+    MissedMatch,
 }
 
 impl What {
     /// Whether it moves, or hands out, blocks.
     pub fn has_blocks(self) -> bool {
-        self != Self::Ping
+        !matches!(self, Self::Ping | Self::MissedMatch)
     }
 
     /// Whether it needs the working set.
@@ -192,6 +194,15 @@ impl Lane {
                 let outcomes = runtime.block_on(namespace.put_from(&put, &call))?;
                 let took = began.elapsed();
                 ensure!(outcomes.iter().all(|o| o.is_kept()), "a put was refused: {outcomes:?}");
+                Ok(took)
+            }
+            What::MissedMatch => {
+                let keys: Vec<_> = (0..batch as u64).map(|n| key(fresh + n)).collect();
+                let query = MatchQuery::of(keys).leased(LEASE);
+                let began = Instant::now();
+                let found = runtime.block_on(namespace.match_chain(&query, &call))?;
+                let took = began.elapsed();
+                ensure!(found.boundary_positions == 0, "{} keys matched", found.boundary_positions);
                 Ok(took)
             }
             What::MappedGet => {

@@ -1,0 +1,267 @@
+//! `device`: blocks from NVMe into a client's region, beside fio on the very same files.
+//!
+//! A node with a small arena stores more than DRAM holds; the client gets blocks that are on NVMe only, 64 a call, in random
+//! order, straight into its region. fio reads the node's segment files meanwhile the node rests, with as many reads in
+//! flight as the node has. Floor: the bytes over the device once, by DMA into the region, and a pass for the sums.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use clap::Args;
+use kvkeep_client::{Call, Client, ClientConfig, GetItem, Lost, Namespace, Put, PutPosition, Region, WayWish, Wire};
+use kvkeep_core::{Class, GroupId, ShardId, Tier};
+use rand::SeedableRng as _;
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom as _;
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::block_bytes::{self, Seed};
+use crate::keys::PrefixId;
+use crate::load::any_size_format;
+use crate::measure::{gb_per_s, load_average, median};
+use crate::node::{DataDir, Node, Recipe};
+use crate::peers::path::BLOCK_BYTES;
+use crate::replay::report::write_json;
+
+/// Blocks of one call.
+const BATCH: usize = 64;
+/// Blocks of one call that fills the store.
+const FILL_BATCH: usize = 8;
+/// Reads that the node keeps in flight for blocks of 1 MiB: `limits.get_read_ahead_bytes` has room for so many.
+const READS_IN_FLIGHT: usize = 32;
+/// Arena of the node: what is read is not in it.
+const ARENA_MIB: usize = 256;
+
+/// Flags of `kvkeep-bench device`.
+#[derive(Args, Debug)]
+pub struct DeviceCommand {
+    /// Pairs of windows, one of ours and one of fio in random order; at least 5
+    #[arg(long, default_value_t = 9)]
+    pairs: u32,
+    /// Milliseconds of one window
+    #[arg(long, default_value_t = 1000)]
+    window_ms: u64,
+    /// MiB that are read from; as much as the arena holds is stored on top
+    #[arg(long, default_value_t = 2048)]
+    mib: usize,
+    /// Folder on the device to measure [default: beside this program]
+    #[arg(long)]
+    data_dir: Option<PathBuf>,
+    /// What the orders are drawn from
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// The node's program [default: kvkeepd beside this one]
+    #[arg(long)]
+    kvkeepd: Option<PathBuf>,
+    /// Write the report to this file as JSON; `-` is standard output
+    #[arg(long)]
+    json: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, Serialize)]
+struct Pair {
+    ours_gb_per_s: f64,
+    fio_gb_per_s: f64,
+    ratio: f64,
+    load_average: f64,
+}
+
+/// The report: `kvkeep.bench.device` version 1.
+#[derive(Serialize)]
+struct DeviceReport {
+    schema: &'static str,
+    version: u32,
+    block_bytes: usize,
+    batch: usize,
+    reads_in_flight: usize,
+    working_set_bytes: usize,
+    seed: u64,
+    /// Of the parts that were got: those that came from NVMe, all of them straight into the region.
+    nvme_parts: u64,
+    other_parts: u64,
+    ratio_median: f64,
+    ratio_min: f64,
+    ratio_max: f64,
+    pairs: Vec<Pair>,
+}
+
+/// Runs `kvkeep-bench device`.
+pub async fn command(command: DeviceCommand) -> anyhow::Result<bool> {
+    ensure!(command.pairs >= 5, "--pairs is at least 5");
+    ensure!((BATCH..=1 << 20).contains(&command.mib), "--mib is {BATCH} to 1048576");
+    ensure!((1..=60_000).contains(&command.window_ms), "--window-ms is 1 to 60000");
+    let said = Command::new("fio").arg("--version").output().context("fio is needed to compare with: install it")?;
+    ensure!(said.status.success(), "fio does not say its version");
+    let data = DataDir::open(command.data_dir.as_deref())?;
+    let mut bench = Bench::start(&command, &data).await?;
+    let window = Duration::from_millis(command.window_ms);
+    let mut rng = StdRng::seed_from_u64(command.seed);
+    // Not recorded: pages of both programs, and the device's own caches.
+    bench.ours(window, &mut rng).await?;
+    let mut pairs = Vec::new();
+    for number in 0..command.pairs {
+        let fio = |seed| fio(data.path(), window, seed);
+        let (ours, fio) = if rand::Rng::random(&mut rng) {
+            let ours = bench.ours(window, &mut rng).await?;
+            (ours, fio(u64::from(number))?)
+        } else {
+            let fio = fio(u64::from(number))?;
+            (bench.ours(window, &mut rng).await?, fio)
+        };
+        let pair = Pair { ours_gb_per_s: ours, fio_gb_per_s: fio, ratio: ours / fio, load_average: load_average() };
+        eprintln!("pair {}: ours {ours:.2} GB/s, fio {fio:.2} GB/s, {:.2} of it", number + 1, pair.ratio);
+        pairs.push(pair);
+    }
+    let ratios: Vec<f64> = pairs.iter().map(|p| p.ratio).collect();
+    let report = DeviceReport {
+        schema: "kvkeep.bench.device",
+        version: 1,
+        block_bytes: BLOCK_BYTES,
+        batch: BATCH,
+        reads_in_flight: READS_IN_FLIGHT,
+        working_set_bytes: bench.blocks * BLOCK_BYTES,
+        seed: command.seed,
+        nvme_parts: bench.from_nvme,
+        other_parts: bench.from_elsewhere,
+        ratio_median: median(&ratios),
+        ratio_min: ratios.iter().copied().fold(f64::INFINITY, f64::min),
+        ratio_max: ratios.iter().copied().fold(0.0, f64::max),
+        pairs,
+    };
+    eprintln!(
+        "NVMe into a region, {BATCH} x 1 MiB a call: {:.2} of fio (median of {}, {:.2} to {:.2}); {} parts from NVMe, {} from elsewhere",
+        report.ratio_median,
+        report.pairs.len(),
+        report.ratio_min,
+        report.ratio_max,
+        report.nvme_parts,
+        report.other_parts
+    );
+    write_json(&report, command.json.as_deref())?;
+    bench.node.stop().await?;
+    Ok(report.other_parts == 0)
+}
+
+struct Bench {
+    node: Node,
+    namespace: Namespace,
+    region: Region,
+    blocks: usize,
+    /// Numbers of blocks still to be read in this turn through all of them.
+    order: Vec<usize>,
+    from_nvme: u64,
+    from_elsewhere: u64,
+}
+
+fn position(n: usize) -> PutPosition {
+    let id = PrefixId(n as u64);
+    let seed = Seed::of(&id.key(), GroupId(0), ShardId(0));
+    PutPosition::of(bytes::Bytes::copy_from_slice(id.key().as_bytes()), block_bytes::block(seed, BLOCK_BYTES))
+}
+
+impl Bench {
+    async fn start(command: &DeviceCommand, data: &DataDir) -> anyhow::Result<Self> {
+        let (arena_blocks, blocks) = (ARENA_MIB * (1 << 20) / BLOCK_BYTES, command.mib * (1 << 20) / BLOCK_BYTES);
+        let config = data.path().join("device.toml");
+        // Every read is one of the device, however often a block is asked for.
+        std::fs::write(&config, "[nvme]\npromote_at_use = 0\n").context("the node's settings")?;
+        let nvme = format!("{}MiB", 2 * (command.mib + ARENA_MIB));
+        let arena = format!("{ARENA_MIB}MiB");
+        let more = ["--config", &config.display().to_string(), "--arena-bytes", &arena, "--nvme-bytes", &nvme]
+            .map(str::to_owned);
+        let node = Recipe::kvkeepd(command.kvkeepd.as_deref(), data, &more)?.start("127.0.0.1:0").await?;
+        let way = WayWish::Only(Wire::Socket);
+        let client = Client::connect(ClientConfig {
+            way,
+            lost: Lost::Errors,
+            patience: Duration::from_secs(5),
+            ..ClientConfig::to(node.endpoint())
+        })
+        .await?;
+        let namespace = client.register_namespace("device", &any_size_format(BLOCK_BYTES as u64), "generated").await?;
+        eprintln!("storing {} blocks of 1 MiB, durable", blocks + 2 * arena_blocks);
+        for first in (0..blocks + 2 * arena_blocks).step_by(FILL_BATCH) {
+            let positions = (first..first + FILL_BATCH).map(position).collect();
+            let put = Put { positions, unordered: true, class: Some(Class::Durable), ..Put::default() };
+            let outcomes = namespace.put(&put, &Call::default()).await?;
+            ensure!(outcomes.iter().all(|o| o.is_kept()), "a block was refused: {outcomes:?}");
+        }
+        let region = Region::new(BATCH * BLOCK_BYTES)?;
+        Ok(Self { node, namespace, region, blocks, order: Vec::new(), from_nvme: 0, from_elsewhere: 0 })
+    }
+
+    /// GB/s of one window.
+    async fn ours(&mut self, window: Duration, rng: &mut StdRng) -> anyhow::Result<f64> {
+        let (mut bytes, mut took) = (0, Duration::ZERO);
+        while took < window {
+            if self.order.len() < BATCH {
+                self.order = (0..self.blocks).collect();
+                self.order.shuffle(rng);
+            }
+            let numbers = self.order.split_off(self.order.len() - BATCH);
+            let items: Vec<_> = numbers.iter().map(|n| GetItem::of(position_key(*n))).collect();
+            // SAFETY: one call is in flight, and the region is nobody else's.
+            let places: Vec<_> =
+                (0..BATCH).map(|n| unsafe { self.region.place(n * BLOCK_BYTES, BLOCK_BYTES) }).collect();
+            let began = Instant::now();
+            let got = self.namespace.get_into_region(&items, &places, None, &Call::default()).await?;
+            took += began.elapsed();
+            bytes += (BATCH * BLOCK_BYTES) as u64;
+            for (place, (number, got)) in numbers.iter().zip(&got).enumerate() {
+                ensure!(got.is_hit() && got.len == BLOCK_BYTES, "block {number} came back short: {got:?}");
+                let nvme = got.tier == Some(Tier::Nvme);
+                *if nvme { &mut self.from_nvme } else { &mut self.from_elsewhere } += 1;
+                if place == 0 {
+                    let mut landed = vec![0; BLOCK_BYTES];
+                    self.region.read(place * BLOCK_BYTES, &mut landed);
+                    ensure!(landed == position(*number).parts[0].data, "wrong bytes in block {number}");
+                }
+            }
+        }
+        Ok(gb_per_s(bytes, took))
+    }
+}
+
+fn position_key(n: usize) -> bytes::Bytes {
+    bytes::Bytes::copy_from_slice(PrefixId(n as u64).key().as_bytes())
+}
+
+/// GB/s of fio over the node's segment files.
+fn fio(data: &Path, window: Duration, seed: u64) -> anyhow::Result<f64> {
+    let mut segments = Vec::new();
+    find_segments(data, &mut segments)?;
+    ensure!(!segments.is_empty(), "the node has no segment files under {}", data.display());
+    segments.sort();
+    let names: Vec<_> = segments.iter().map(|path| path.display().to_string().replace(':', "\\:")).collect();
+    let said = Command::new("fio")
+        .args(["--name=read", "--ioengine=io_uring", "--direct=1", "--fixedbufs", "--registerfiles", "--readonly"])
+        .args(["--rw=randread", "--norandommap", "--randrepeat=0", "--time_based", "--output-format=json"])
+        .args(["--file_service_type=random"])
+        .arg(format!("--filename={}", names.join(":")))
+        .arg(format!("--bs={BLOCK_BYTES}"))
+        .arg(format!("--iodepth={READS_IN_FLIGHT}"))
+        .arg(format!("--runtime={}ms", window.as_millis()))
+        .arg(format!("--randseed={}", seed + 1))
+        .output()
+        .context("fio did not start")?;
+    ensure!(said.status.success(), "fio failed: {}", String::from_utf8_lossy(&said.stderr));
+    let report: Value = serde_json::from_slice(&said.stdout).context("fio did not answer in JSON")?;
+    let bytes = report["jobs"][0]["read"]["bw_bytes"].as_f64().context("fio's report has no bw_bytes")?;
+    Ok(bytes / 1e9)
+}
+
+/// Segment files under a folder.
+fn find_segments(folder: &Path, found: &mut Vec<PathBuf>) -> anyhow::Result<()> {
+    for entry in std::fs::read_dir(folder).with_context(|| format!("folder {}", folder.display()))? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            find_segments(&entry.path(), found)?;
+        } else if entry.file_name().to_string_lossy().starts_with("segment-") {
+            found.push(entry.path());
+        }
+    }
+    Ok(())
+}

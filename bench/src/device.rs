@@ -1,8 +1,9 @@
 //! `device`: blocks from NVMe into a client's region, beside fio on the very same files.
 //!
-//! A node with a small arena stores more than DRAM holds; the client gets blocks that are on NVMe only, 64 a call, in random
-//! order, straight into its region. fio reads the node's segment files meanwhile the node rests, with as many reads in
-//! flight as the node has. Floor: the bytes over the device once, by DMA into the region, and a pass for the sums.
+//! A node with a small arena stores more than DRAM holds; the client gets blocks that are on NVMe only, 64 a call and two calls
+//! at a time, in random order, straight into its regions. fio reads the node's segment files while the node rests, with as
+//! many reads in flight. Only segments that were written whole: the filesystem answers for the others without the device.
+//! Floor: the bytes over the device once, by DMA into the region, and a pass for the sums.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -28,6 +29,8 @@ use crate::replay::report::write_json;
 
 /// Blocks of one call.
 const BATCH: usize = 64;
+/// Calls at a time: the device has work while an answer travels.
+const CALLS: usize = 2;
 /// Blocks of one call that fills the store.
 const FILL_BATCH: usize = 8;
 /// Reads that the node keeps in flight for blocks of 1 MiB: `limits.get_read_ahead_bytes` has room for so many.
@@ -44,7 +47,7 @@ pub struct DeviceCommand {
     /// Milliseconds of one window
     #[arg(long, default_value_t = 1000)]
     window_ms: u64,
-    /// MiB that are read from; as much as the arena holds is stored on top
+    /// MiB that are read from; twice what the arena holds is stored on top
     #[arg(long, default_value_t = 2048)]
     mib: usize,
     /// Folder on the device to measure [default: beside this program]
@@ -76,6 +79,7 @@ struct DeviceReport {
     version: u32,
     block_bytes: usize,
     batch: usize,
+    calls: usize,
     reads_in_flight: usize,
     working_set_bytes: usize,
     seed: u64,
@@ -100,16 +104,16 @@ pub async fn command(command: DeviceCommand) -> anyhow::Result<bool> {
     let window = Duration::from_millis(command.window_ms);
     let mut rng = StdRng::seed_from_u64(command.seed);
     // Not recorded: pages of both programs, and the device's own caches.
-    bench.ours(window, &mut rng).await?;
+    bench.ours(window).await?;
     let mut pairs = Vec::new();
     for number in 0..command.pairs {
         let fio = |seed| fio(data.path(), window, seed);
         let (ours, fio) = if rand::Rng::random(&mut rng) {
-            let ours = bench.ours(window, &mut rng).await?;
+            let ours = bench.ours(window).await?;
             (ours, fio(u64::from(number))?)
         } else {
             let fio = fio(u64::from(number))?;
-            (bench.ours(window, &mut rng).await?, fio)
+            (bench.ours(window).await?, fio)
         };
         let pair = Pair { ours_gb_per_s: ours, fio_gb_per_s: fio, ratio: ours / fio, load_average: load_average() };
         eprintln!("pair {}: ours {ours:.2} GB/s, fio {fio:.2} GB/s, {:.2} of it", number + 1, pair.ratio);
@@ -121,18 +125,19 @@ pub async fn command(command: DeviceCommand) -> anyhow::Result<bool> {
         version: 1,
         block_bytes: BLOCK_BYTES,
         batch: BATCH,
+        calls: CALLS,
         reads_in_flight: READS_IN_FLIGHT,
         working_set_bytes: bench.blocks * BLOCK_BYTES,
         seed: command.seed,
-        nvme_parts: bench.from_nvme,
-        other_parts: bench.from_elsewhere,
+        nvme_parts: bench.lanes.iter().map(|lane| lane.from_nvme).sum(),
+        other_parts: bench.lanes.iter().map(|lane| lane.from_elsewhere).sum(),
         ratio_median: median(&ratios),
         ratio_min: ratios.iter().copied().fold(f64::INFINITY, f64::min),
         ratio_max: ratios.iter().copied().fold(0.0, f64::max),
         pairs,
     };
     eprintln!(
-        "NVMe into a region, {BATCH} x 1 MiB a call: {:.2} of fio (median of {}, {:.2} to {:.2}); {} parts from NVMe, {} from elsewhere",
+        "NVMe into a region, {CALLS} calls of {BATCH} x 1 MiB at a time: {:.2} of fio (median of {}, {:.2} to {:.2}); {} parts from NVMe, {} from elsewhere",
         report.ratio_median,
         report.pairs.len(),
         report.ratio_min,
@@ -147,11 +152,20 @@ pub async fn command(command: DeviceCommand) -> anyhow::Result<bool> {
 
 struct Bench {
     node: Node,
+    lanes: [Lane; CALLS],
+    blocks: usize,
+}
+
+/// One caller and its memory.
+struct Lane {
     namespace: Namespace,
     region: Region,
     blocks: usize,
     /// Numbers of blocks still to be read in this turn through all of them.
     order: Vec<usize>,
+    /// Numbers of the blocks that the region holds.
+    holds: Vec<usize>,
+    rng: StdRng,
     from_nvme: u64,
     from_elsewhere: u64,
 }
@@ -189,39 +203,65 @@ impl Bench {
             let outcomes = namespace.put(&put, &Call::default()).await?;
             ensure!(outcomes.iter().all(|o| o.is_kept()), "a block was refused: {outcomes:?}");
         }
-        let region = Region::new(BATCH * BLOCK_BYTES)?;
-        Ok(Self { node, namespace, region, blocks, order: Vec::new(), from_nvme: 0, from_elsewhere: 0 })
+        let lane = |n| {
+            anyhow::Ok(Lane {
+                namespace: namespace.clone(),
+                region: Region::new(BATCH * BLOCK_BYTES)?,
+                blocks,
+                order: Vec::new(),
+                holds: Vec::new(),
+                rng: StdRng::seed_from_u64(command.seed ^ n),
+                from_nvme: 0,
+                from_elsewhere: 0,
+            })
+        };
+        Ok(Self { node, lanes: [lane(1)?, lane(2)?], blocks })
     }
 
     /// GB/s of one window.
-    async fn ours(&mut self, window: Duration, rng: &mut StdRng) -> anyhow::Result<f64> {
-        let (mut bytes, mut took) = (0, Duration::ZERO);
-        while took < window {
+    async fn ours(&mut self, window: Duration) -> anyhow::Result<f64> {
+        let began = Instant::now();
+        let [one, other] = &mut self.lanes;
+        let (some, more) = tokio::try_join!(one.run(began, window), other.run(began, window))?;
+        let (bytes, took) = (some + more, began.elapsed());
+        self.lanes.iter().try_for_each(Lane::verify)?;
+        Ok(gb_per_s(bytes, took))
+    }
+}
+
+impl Lane {
+    /// Gets batches until the window is over; how many bytes.
+    async fn run(&mut self, began: Instant, window: Duration) -> anyhow::Result<u64> {
+        let mut bytes = 0;
+        while began.elapsed() < window {
             if self.order.len() < BATCH {
                 self.order = (0..self.blocks).collect();
-                self.order.shuffle(rng);
+                self.order.shuffle(&mut self.rng);
             }
-            let numbers = self.order.split_off(self.order.len() - BATCH);
-            let items: Vec<_> = numbers.iter().map(|n| GetItem::of(position_key(*n))).collect();
-            // SAFETY: one call is in flight, and the region is nobody else's.
+            self.holds = self.order.split_off(self.order.len() - BATCH);
+            let items: Vec<_> = self.holds.iter().map(|n| GetItem::of(position_key(*n))).collect();
+            // SAFETY: one call is in flight per lane, and the region is nobody else's.
             let places: Vec<_> =
                 (0..BATCH).map(|n| unsafe { self.region.place(n * BLOCK_BYTES, BLOCK_BYTES) }).collect();
-            let began = Instant::now();
             let got = self.namespace.get_into_region(&items, &places, None, &Call::default()).await?;
-            took += began.elapsed();
             bytes += (BATCH * BLOCK_BYTES) as u64;
-            for (place, (number, got)) in numbers.iter().zip(&got).enumerate() {
+            for (number, got) in self.holds.iter().zip(&got) {
                 ensure!(got.is_hit() && got.len == BLOCK_BYTES, "block {number} came back short: {got:?}");
                 let nvme = got.tier == Some(Tier::Nvme);
                 *if nvme { &mut self.from_nvme } else { &mut self.from_elsewhere } += 1;
-                if place == 0 {
-                    let mut landed = vec![0; BLOCK_BYTES];
-                    self.region.read(place * BLOCK_BYTES, &mut landed);
-                    ensure!(landed == position(*number).parts[0].data, "wrong bytes in block {number}");
-                }
             }
         }
-        Ok(gb_per_s(bytes, took))
+        Ok(bytes)
+    }
+
+    /// Compares what the region holds, which is the window's last batch.
+    fn verify(&self) -> anyhow::Result<()> {
+        let mut landed = vec![0; BLOCK_BYTES];
+        for (place, number) in self.holds.iter().enumerate() {
+            self.region.read(place * BLOCK_BYTES, &mut landed);
+            ensure!(landed == position(*number).parts[0].data, "wrong bytes in block {number}");
+        }
+        Ok(())
     }
 }
 
@@ -233,8 +273,10 @@ fn position_key(n: usize) -> bytes::Bytes {
 fn fio(data: &Path, window: Duration, seed: u64) -> anyhow::Result<f64> {
     let mut segments = Vec::new();
     find_segments(data, &mut segments)?;
-    ensure!(!segments.is_empty(), "the node has no segment files under {}", data.display());
     segments.sort();
+    // The last one is not full.
+    segments.pop();
+    ensure!(!segments.is_empty(), "the node has filled no segment file under {}", data.display());
     let names: Vec<_> = segments.iter().map(|path| path.display().to_string().replace(':', "\\:")).collect();
     let said = Command::new("fio")
         .args(["--name=read", "--ioengine=io_uring", "--direct=1", "--fixedbufs", "--registerfiles", "--readonly"])

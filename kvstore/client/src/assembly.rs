@@ -265,15 +265,15 @@ impl<'a> Assembly<'a> {
         Ok(if admitted? { Admitted::Wanted { item: index, at, total } } else { Admitted::Unwanted })
     }
 
-    /// Compares the data of the admitted reply with the sums that it completes; `false`: it is worthless, and so is its part,
-    /// which is to be forgotten.
-    pub(crate) fn compare(&mut self, data: &[u8]) -> bool {
+    /// Compares the next piece of the admitted reply's data with the sums that it completes; `false`: it is worthless, and so
+    /// is its part, which is to be forgotten.
+    pub(crate) fn compare(&mut self, piece: &[u8]) -> bool {
         let Some(open) = &mut self.open else { return false };
-        let right = open.sums.feed(open.at, data);
+        let right = open.sums.feed(open.at, piece);
         if !right {
             open.spoilt = Some(MissReason::Quarantined);
         }
-        open.at += data.len() as u64;
+        open.at += piece.len() as u64;
         right
     }
 

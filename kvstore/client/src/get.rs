@@ -383,26 +383,19 @@ impl Namespace {
                 }
                 Admitted::Wanted { item, at, total } => {
                     let frames = conn.frames();
-                    let right = match landing.room(item, at, total, payload) {
-                        Some(Room::Slice(to)) => {
-                            frames.payload(to).await.map_err(|e| Conn::lost(VERB, e))?;
-                            assembly.compare(to)
-                        }
+                    let mut right = true;
+                    let seen = |piece: &[u8]| right &= assembly.compare(piece);
+                    match landing.room(item, at, total, payload) {
+                        Some(Room::Slice(to)) => frames.payload(to, seen).await.map_err(|e| Conn::lost(VERB, e))?,
                         Some(Room::Tail(to)) => {
-                            let start = to.len();
-                            frames.payload_tail(to, payload).await.map_err(|e| Conn::lost(VERB, e))?;
-                            assembly.compare(&to[start..])
+                            frames.payload_tail(to, payload, seen).await.map_err(|e| Conn::lost(VERB, e))?;
                         }
                         None => {
                             let mut bytes = BytesMut::new();
-                            frames.payload_tail(&mut bytes, payload).await.map_err(|e| Conn::lost(VERB, e))?;
-                            let right = assembly.compare(&bytes);
-                            if right {
-                                landing.land(item, at, total, bytes.freeze());
-                            }
-                            right
+                            frames.payload_tail(&mut bytes, payload, seen).await.map_err(|e| Conn::lost(VERB, e))?;
+                            landing.land(item, at, total, bytes.freeze());
                         }
-                    };
+                    }
                     if !right {
                         landing.forget(item);
                     }

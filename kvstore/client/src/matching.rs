@@ -26,6 +26,8 @@ pub struct MatchQuery {
     pub promote: bool,
     /// Answer per position, not only the boundary.
     pub statuses: bool,
+    /// End this lease first: whoever reads one batch after the other saves a call per batch.
+    pub release: Option<LeaseId>,
 }
 
 impl MatchQuery {
@@ -176,6 +178,7 @@ impl Namespace {
             want_statuses: query.statuses,
             fidelity: v1::Fidelity::Exact as i32,
             map: false,
+            release_lease_id: convert::lease_to_proto(query.release),
         }
     }
 

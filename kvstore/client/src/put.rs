@@ -8,6 +8,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use bytes::Bytes;
+use kvkeep_core::checksum::RunningSums;
 use kvkeep_core::ids::{GroupId, ShardId, Version};
 use kvkeep_core::{Class, ErrorKind as CoreKind, Tier};
 use kvkeep_proto::v1;
@@ -286,8 +287,13 @@ impl Namespace {
         if slots.is_empty() {
             return Ok((granted, outcomes));
         }
-        let sums = self.write(&mut slots, &mut outcomes, tries).await?;
-        self.commit(&slots, sums, &mut outcomes, tries, call).await?;
+        match self.client.shared.hot_line().await? {
+            Line::Block(lent) => self.send_block(lent, slots, &mut outcomes, tries, call).await?,
+            Line::Grpc => {
+                let sums = self.write_grpc(&mut slots, &mut outcomes, tries).await?;
+                self.commit_grpc(&slots, sums, &mut outcomes, tries, call).await?;
+            }
+        }
         reservations.clear();
         Ok((granted, outcomes))
     }
@@ -360,34 +366,30 @@ impl Namespace {
 
     /// Streams the bytes of every slot; those that the server refused leave `slots` and are told in `outcomes`. Answers
     /// the sums of each slot that has bytes, in the order they were sent.
-    async fn write(&self, slots: &mut Vec<Slot>, outcomes: &mut [PartOutcome], tries: &Tries<'_>) -> Result<PartSums> {
+    async fn write_grpc(
+        &self,
+        slots: &mut Vec<Slot>,
+        outcomes: &mut [PartOutcome],
+        tries: &Tries<'_>,
+    ) -> Result<PartSums> {
+        const VERB: &str = "write";
         let sent: Vec<(u64, Bytes)> =
             slots.iter().filter_map(|s| s.data.clone().map(|data| (s.reservation_id, data))).collect();
         if sent.is_empty() {
             return Ok(Vec::new());
         }
         let shared = &self.client.shared;
-        let chunk_bytes = CHUNK_BYTES.min(shared.hello().limits.chunk_bytes_max);
-        let (chunks, sums) = Chunks::new(sent, chunk_bytes);
-        let reply = match shared.hot_line().await? {
-            Line::Block(lent) => self.write_block(lent, chunks, tries).await?,
-            Line::Grpc => self.write_grpc(chunks, tries).await?,
+        let (chunks, sums) = Chunks::new(sent, self.chunk_bytes());
+        let line = shared.line(tries.left(VERB)?).await?;
+        let left = tries.left(VERB)?;
+        let mut request = tonic::Request::new(tokio_stream::iter(chunks));
+        request.set_timeout(left);
+        let reply = match tokio::time::timeout(left, blocks(line.wire.clone()).write(request)).await {
+            Ok(Ok(reply)) => reply.into_inner(),
+            Ok(Err(status)) => return Err(line.judge(VERB, status)),
+            Err(_) => return Err(Error::late(VERB)),
         };
-        let mut results: HashMap<u64, v1::WriteResult> =
-            reply.results.into_iter().map(|r| (r.reservation_id, r)).collect();
-        slots.retain(|slot| {
-            let Some(data) = &slot.data else { return true };
-            let refused = match results.remove(&slot.reservation_id) {
-                None => Error::protocol("write does not answer for a reservation"),
-                Some(v1::WriteResult { error: Some(detail), .. }) => Error::from_detail(detail),
-                Some(r) if r.bytes == data.len() as u64 => return true,
-                Some(r) => {
-                    Error::protocol("not all bytes of a part landed").with("sent", data.len()).with("landed", r.bytes)
-                }
-            };
-            outcomes[slot.outcome] = PartOutcome::Refused(refused);
-            false
-        });
+        drop_unwritten(slots, reply, outcomes);
         match sums.await {
             Ok(sums) => Ok(sums),
             // The server answered before it had taken everything: only right where it refused what it did not take.
@@ -396,52 +398,70 @@ impl Namespace {
         }
     }
 
-    async fn write_grpc(&self, chunks: Chunks, tries: &Tries<'_>) -> Result<v1::WriteReply> {
-        const VERB: &str = "write";
-        let line = self.client.shared.line(tries.left(VERB)?).await?;
-        let left = tries.left(VERB)?;
-        let mut request = tonic::Request::new(tokio_stream::iter(chunks));
-        request.set_timeout(left);
-        match tokio::time::timeout(left, blocks(line.wire.clone()).write(request)).await {
-            Ok(Ok(reply)) => Ok(reply.into_inner()),
-            Ok(Err(status)) => Err(line.judge(VERB, status)),
-            Err(_) => Err(Error::late(VERB)),
-        }
+    fn chunk_bytes(&self) -> usize {
+        CHUNK_BYTES.min(self.client.shared.hello().limits.chunk_bytes_max)
     }
 
-    /// Bytes go from the caller's buffers to the socket; each is summed just before, while it is on its way there anyway.
-    async fn write_block(&self, mut lent: Lent<'_>, chunks: Chunks, tries: &Tries<'_>) -> Result<v1::WriteReply> {
+    /// Writes and commits on one connection. Bytes go from the caller's buffers to the socket, each summed just before. The
+    /// commit follows the last of them at once: what was not written whole the server does not commit.
+    async fn send_block(
+        &self,
+        mut lent: Lent<'_>,
+        mut slots: Vec<Slot>,
+        outcomes: &mut [PartOutcome],
+        tries: &Tries<'_>,
+        call: &Call,
+    ) -> Result<()> {
         const VERB: &str = "write";
         let shared = &self.client.shared;
         let patience = shared.config.patience;
+        let (left, chunk_bytes) = (tries.left(VERB)?, self.chunk_bytes());
         let conn = lent.conn();
-        let call = conn.next_call();
-        let writing = async {
-            for mut chunk in chunks {
-                let data = std::mem::take(&mut chunk.data);
-                let frame = v1::Envelope { call, message: Some(Message::Write(chunk)), ..Default::default() };
-                conn.send(VERB, frame, &data, None, patience).await?;
+        let (write, commit) = (conn.next_call(), conn.next_call());
+        let frame = |call, end, message| v1::Envelope { call, end, message: Some(message), ..Default::default() };
+        let sending = async {
+            let mut parts = Vec::with_capacity(slots.len());
+            for Slot { reservation_id, data, .. } in &slots {
+                let (mut sums, mut offset) = (RunningSums::default(), 0);
+                for chunk in data.iter().flat_map(|data| data.chunks(chunk_bytes)) {
+                    let wish = v1::WriteRequest { reservation_id: *reservation_id, offset, data: Bytes::new() };
+                    // Just before they go: they are in the cache then, and the server takes in the chunk before.
+                    sums.add(chunk);
+                    conn.send(VERB, frame(write, false, Message::Write(wish)), chunk, None, patience).await?;
+                    offset += chunk.len() as u64;
+                }
+                let crc32 = sums.finish().as_slice().to_vec();
+                parts.push(v1::CommitPart { reservation_id: *reservation_id, crc32 });
             }
-            let end = Message::Write(v1::WriteRequest::default());
-            conn.send(
-                VERB,
-                v1::Envelope { call, end: true, message: Some(end), ..Default::default() },
-                &[],
-                None,
-                patience,
-            )
-            .await?;
-            match conn.answer(VERB, call, patience).await? {
-                Message::WriteReply(reply) => Ok(reply),
-                _ => Err(Error::protocol("write was answered with something else")),
+            let writes = slots.iter().any(|slot| slot.data.is_some());
+            if writes {
+                let end = frame(write, true, Message::Write(v1::WriteRequest::default()));
+                conn.send(VERB, end, &[], None, patience).await?;
+            }
+            let request = v1::CommitRequest { ctx: Some(call.to_proto(left)), parts };
+            conn.send("commit", frame(commit, true, Message::Commit(request)), &[], None, patience).await?;
+            let written = match writes {
+                false => v1::WriteReply::default(),
+                true => match conn.answer(VERB, write, patience).await? {
+                    Message::WriteReply(reply) => reply,
+                    _ => return Err(Error::protocol("write was answered with something else")),
+                },
+            };
+            match conn.answer("commit", commit, patience).await? {
+                Message::CommitReply(reply) => Ok((written, reply)),
+                _ => Err(Error::protocol("commit was answered with something else")),
             }
         };
-        let answer = tokio::time::timeout(tries.left(VERB)?, writing).await.unwrap_or_else(|_| Err(Error::late(VERB)));
+        let answer = tokio::time::timeout(left, sending).await.unwrap_or_else(|_| Err(Error::late(VERB)));
         // Never another connection behind the caller's back: what was sent on this one may have landed.
-        shared.block_answered(lent, false, answer).map_err(Asked::into_error)
+        let (written, committed) = shared.block_answered(lent, false, answer).map_err(Asked::into_error)?;
+        read_commit(&slots, committed, outcomes)?;
+        // Why it was not written says more than that it is not committed therefore.
+        drop_unwritten(&mut slots, written, outcomes);
+        Ok(())
     }
 
-    async fn commit(
+    async fn commit_grpc(
         &self,
         slots: &[Slot],
         sums: PartSums,
@@ -471,16 +491,39 @@ impl Namespace {
                 |wire, r| async move { blocks(wire).commit(r).await },
             )
             .await?;
-        if reply.results.len() != slots.len()
-            || reply.results.iter().zip(slots).any(|(r, s)| r.reservation_id != s.reservation_id)
-        {
-            return Err(Error::protocol("commit answers for other reservations than were asked"));
-        }
-        for (result, slot) in reply.results.into_iter().zip(slots) {
-            outcomes[slot.outcome] = read_result(result)?;
-        }
-        Ok(())
+        read_commit(slots, reply, outcomes)
     }
+}
+
+/// Reads the answer to the commit of these slots.
+fn read_commit(slots: &[Slot], reply: v1::CommitReply, outcomes: &mut [PartOutcome]) -> Result<()> {
+    if reply.results.len() != slots.len()
+        || reply.results.iter().zip(slots).any(|(r, s)| r.reservation_id != s.reservation_id)
+    {
+        return Err(Error::protocol("commit answers for other reservations than were asked"));
+    }
+    for (result, slot) in reply.results.into_iter().zip(slots) {
+        outcomes[slot.outcome] = read_result(result)?;
+    }
+    Ok(())
+}
+
+/// Reads the answer to a write: slots that did not take all their bytes leave `slots` and are told in `outcomes`.
+fn drop_unwritten(slots: &mut Vec<Slot>, reply: v1::WriteReply, outcomes: &mut [PartOutcome]) {
+    let mut results: HashMap<u64, v1::WriteResult> = reply.results.into_iter().map(|r| (r.reservation_id, r)).collect();
+    slots.retain(|slot| {
+        let Some(data) = &slot.data else { return true };
+        let refused = match results.remove(&slot.reservation_id) {
+            None => Error::protocol("write does not answer for a reservation"),
+            Some(v1::WriteResult { error: Some(detail), .. }) => Error::from_detail(detail),
+            Some(r) if r.bytes == data.len() as u64 => return true,
+            Some(r) => {
+                Error::protocol("not all bytes of a part landed").with("sent", data.len()).with("landed", r.bytes)
+            }
+        };
+        outcomes[slot.outcome] = PartOutcome::Refused(refused);
+        false
+    });
 }
 
 /// What reserve said of some positions: how many it granted, and per part of those an outcome, and a slot where it has to be

@@ -330,7 +330,7 @@ impl Namespace {
                             return Err(Error::protocol("a match was answered with something else"));
                         };
                         let mut result = reply.results.pop().ok_or_else(|| Error::protocol("a match has no answer"))?;
-                        let mapped = std::mem::take(&mut result.mapped);
+                        let mapped = result.mapped.take().unwrap_or_default();
                         let found = Match::from_proto(result, query)?;
                         let parts = shared.hot.files.read(lent.conn(), mapped, patience).await?;
                         Ok(MappedMatch { found, parts })

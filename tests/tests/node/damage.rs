@@ -7,8 +7,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use bytes::Bytes;
-use kvkeep_client::{Call, MatchQuery, Put};
-use kvkeep_core::Class;
+use kvkeep_client::{Call, GetItem, MatchQuery, Put, WayWish, Wire};
+use kvkeep_core::{Class, MissReason, Tier};
 use kvkeep_tests::{Node, Options, formats, leaks, payload};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
@@ -137,6 +137,35 @@ async fn a_flipped_bit_in_adopted_memory_is_a_miss_or_read_from_nvme() {
         }
     }
     assert_eq!(found_then_mended(&mut node, &keys).await, 28);
+}
+
+/// A get over the port compares a block piece by piece while it is sent: what is found behind its first piece ends the block.
+#[tokio::test]
+async fn a_flipped_bit_in_memory_ends_the_part_that_is_being_sent() {
+    const BYTES: usize = 2 << 20;
+    let node = Node::start(Options::default());
+    let client = node.client_with(|c| c.way = WayWish::Only(Wire::Port)).await;
+    let ns = super::namespace(&client, &formats::plain(BYTES as u64)).await;
+    let keys = payload::chain(1, 3);
+    let put = super::put_of(&keys, BYTES, Class::Durable);
+    assert!(ns.put(&put, &Call::default()).await.unwrap().iter().all(|o| o.is_kept()));
+    // In the first piece of one, in the last of the other.
+    for (key, at) in [(&keys[0], 1000), (&keys[1], BYTES - 1000)] {
+        let place = places(node.arena_dir(), &payload::block(key, BYTES)[at..at + 32]);
+        assert_eq!(place.len(), 1, "a block has one slot");
+        flip(&place[0].0, place[0].1, 5);
+    }
+    let items: Vec<_> = keys.iter().cloned().map(GetItem::of).collect();
+    let first = ns.get(&items, None, &Call::default()).await.unwrap();
+    let told: Vec<_> = first.iter().map(|got| (got.reason, got.tier)).collect();
+    let (dram, nvme) = ((None, Some(Tier::Dram)), (None, Some(Tier::Nvme)));
+    assert_eq!(told, [nvme, (Some(MissReason::Quarantined), None), dram]);
+    let again = ns.get(&items, None, &Call::default()).await.unwrap();
+    for (got, key) in first.iter().filter(|got| got.is_hit()).zip([&keys[0], &keys[2]]).chain(again.iter().zip(&keys)) {
+        assert!(got.is_hit() && got.data == payload::block(key, BYTES), "{:?}", got.reason);
+    }
+    leaks::eventually(&client, "both copies are counted", |s| s.counters["kvkeep_corrupt_copies_total"] == 2).await;
+    leaks::nothing_is_held(&client).await;
 }
 
 /// The tables beside the slots say which block a slot holds: damage there adopts nothing wrong.

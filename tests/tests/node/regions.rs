@@ -139,7 +139,14 @@ async fn blocks_are_read_in_place() {
     }
     let gauge = |s: &kvkeep_client::wire::StatsReply| s.counters["kvkeep_mapped_bytes"];
     assert_eq!(gauge(&client.stats(&Call::default()).await.unwrap()), 8 * BYTES as u64);
-    client.post_release(mapped.found.lease_id().unwrap(), &call).await;
+    // A match that ends another lease first, and holds half as much.
+    let half = MatchQuery { release: mapped.found.lease_id(), ..MatchQuery::of(keys[..4].to_vec()) };
+    let call = Call::of(RequestId::new(b"then").unwrap());
+    let then = ns.match_mapped(&half.leased(Duration::from_secs(30)), &call).await.unwrap();
+    assert_eq!(then.parts.len(), 4);
+    let stats = client.stats(&Call::default()).await.unwrap();
+    assert_eq!((gauge(&stats), stats.leases), (4 * BYTES as u64, 1));
+    client.post_release(then.found.lease_id().unwrap(), &call).await;
     leaks::eventually(&client, "the slots are let go", |s| gauge(s) == 0).await;
     leaks::nothing_is_held(&client).await;
 }

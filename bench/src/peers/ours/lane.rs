@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use bytes::Bytes;
 use kvkeep_client::{Call, Client, ClientConfig, GetItem, MatchQuery, Namespace, Place, Put, PutPosition, Region};
-use kvkeep_core::RequestId;
+use kvkeep_core::{LeaseId, RequestId};
 
 use crate::keys::PrefixId;
 use crate::load::any_size_format;
@@ -66,6 +66,8 @@ pub struct Lane {
     /// Where bytes land, of both kinds; as large as its share, so that every destination is cold.
     buffer: Option<Pages>,
     region: Option<Region>,
+    /// Of the last mapped read.
+    lease: Option<LeaseId>,
     requests: u64,
 }
 
@@ -123,6 +125,7 @@ impl Lane {
             at: 0,
             buffer: (what == What::Get).then(|| Pages::new(blocks * BLOCK_BYTES)),
             region,
+            lease: None,
             requests: 0,
         })
     }
@@ -138,7 +141,7 @@ impl Lane {
     }
 
     fn once(&mut self, what: What) -> anyhow::Result<Duration> {
-        let Self { runtime, client, namespace, memory, batch, first, at, buffer, region, requests, .. } = self;
+        let Self { runtime, client, namespace, memory, batch, first, at, buffer, region, lease, requests, .. } = self;
         let (batch, at) = (*batch, *at);
         let runtime = runtime.as_ref().context("a lane has a runtime")?;
         *requests += 1;
@@ -207,13 +210,12 @@ impl Lane {
             }
             What::MappedGet => {
                 let keys: Vec<_> = (*first + at..*first + at + batch).map(|n| key(n as u64)).collect();
-                let query = MatchQuery::of(keys).leased(LEASE);
+                // The lease of the call before ends with this one.
+                let query = MatchQuery { release: lease.take(), ..MatchQuery::of(keys).leased(LEASE) };
                 let began = Instant::now();
                 let parts = runtime.block_on(async {
                     let mapped = namespace.match_mapped(&query, &call).await?;
-                    if let Some(lease) = mapped.found.lease_id() {
-                        client.post_release(lease, &call).await;
-                    }
+                    *lease = mapped.found.lease_id();
                     anyhow::Ok(mapped.parts.iter().filter(|p| p.block.is_some()).count())
                 })?;
                 let took = began.elapsed();

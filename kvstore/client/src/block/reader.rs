@@ -10,12 +10,12 @@ use kvkeep_proto::v1::Envelope;
 use prost::Message as _;
 use tokio::io::AsyncReadExt as _;
 
-use super::frame::{HEAD_BYTES, Head};
+use super::frame::{HEAD_BYTES, Head, LINE_BYTES};
 use super::stream::ReadHalf;
 
 /// Asked of the kernel at once where frames come without payload, bytes. Behind one with payload no more is asked for than
-/// the next envelope: a piece of payload that came with it would be copied once more, and all the rest of it would be
-/// copied between buffers that are aligned differently.
+/// the next envelope, or [`LINE_BYTES`], which what lies before a payload always has: a piece of payload that came with it
+/// would be copied once more, and all the rest of it would be copied between buffers that are aligned differently.
 const READ_BYTES: usize = 4096;
 /// Payload that nobody wants is read away in pieces of so many bytes.
 const SKIP_BYTES: usize = 64 << 10;
@@ -41,10 +41,10 @@ impl FrameReader {
         Self { half, buffer: BytesMut::new(), exact: false, patience: None }
     }
 
-    /// Gets more bytes from the kernel, of which `missing` are needed; `false` at the end of the stream. Dropped early,
-    /// nothing is lost.
-    async fn fill(&mut self, missing: usize) -> io::Result<bool> {
-        let asked = if self.exact { missing } else { missing.max(READ_BYTES) };
+    /// Gets more bytes from the kernel, of which `missing` are needed and `least` may be taken; `false` at the end of the
+    /// stream. Dropped early, nothing is lost.
+    async fn fill(&mut self, missing: usize, least: usize) -> io::Result<bool> {
+        let asked = missing.max(if self.exact { least } else { READ_BYTES });
         self.buffer.reserve(asked);
         let mut room = (&mut self.buffer).limit(asked);
         Ok(patiently(self.patience, self.half.read_buf(&mut room)).await? > 0)
@@ -63,7 +63,7 @@ impl FrameReader {
                 self.exact = head.payload > 0;
                 return Ok(Some(head));
             }
-            if !self.fill(HEAD_BYTES - self.buffer.len()).await? {
+            if !self.fill(HEAD_BYTES - self.buffer.len(), LINE_BYTES - self.buffer.len()).await? {
                 return if self.buffer.is_empty() { Ok(None) } else { Err(io::ErrorKind::UnexpectedEof.into()) };
             }
         }
@@ -81,7 +81,7 @@ impl FrameReader {
     pub async fn envelope(&mut self, len: usize) -> io::Result<Envelope> {
         self.buffer.reserve(len.saturating_sub(self.buffer.len()));
         while self.buffer.len() < len {
-            if !self.fill(len - self.buffer.len()).await? {
+            if !self.fill(len - self.buffer.len(), 0).await? {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
         }
@@ -90,38 +90,47 @@ impl FrameReader {
         Envelope::decode(bytes).map_err(|_| violation("what came is no envelope"))
     }
 
-    /// Reads payload into `to`, all of it.
+    /// Reads payload into `to`, all of it; `seen` is shown each piece when it is there.
     ///
     /// # Errors
     /// `UnexpectedEof`, `TimedOut`, and the socket's.
-    pub async fn payload(&mut self, to: &mut [u8]) -> io::Result<()> {
+    pub async fn payload(&mut self, to: &mut [u8], mut seen: impl FnMut(&[u8])) -> io::Result<()> {
         let buffered = self.buffer.len().min(to.len());
         let (head, mut rest) = to.split_at_mut(buffered);
         self.buffer.copy_to_slice(head);
+        seen(head);
         while !rest.is_empty() {
             match patiently(self.patience, self.half.read(rest)).await? {
                 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                n => rest = &mut rest[n..],
+                n => {
+                    seen(&rest[..n]);
+                    rest = &mut rest[n..];
+                }
             }
         }
         Ok(())
     }
 
-    /// Reads payload behind what `to` holds.
+    /// Reads payload behind what `to` holds; otherwise as [`Self::payload`].
     ///
     /// # Errors
     /// As [`Self::payload`].
-    pub async fn payload_tail(&mut self, to: &mut BytesMut, len: usize) -> io::Result<()> {
+    pub async fn payload_tail(&mut self, to: &mut BytesMut, len: usize, mut seen: impl FnMut(&[u8])) -> io::Result<()> {
         to.reserve(len);
         let buffered = self.buffer.len().min(len);
         to.extend_from_slice(&self.buffer[..buffered]);
+        seen(&self.buffer[..buffered]);
         self.buffer.advance(buffered);
         let mut left = len - buffered;
         while left > 0 {
+            let at = to.len();
             let mut room = (&mut *to).limit(left);
             match patiently(self.patience, self.half.read_buf(&mut room)).await? {
                 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                n => left -= n,
+                n => {
+                    seen(&to[at..]);
+                    left -= n;
+                }
             }
         }
         Ok(())
@@ -136,7 +145,7 @@ impl FrameReader {
         let mut left = len;
         while left > 0 {
             let some = left.min(SKIP_BYTES);
-            self.payload(&mut scratch[..some]).await?;
+            self.payload(&mut scratch[..some], |_| {}).await?;
             left -= some;
         }
         Ok(())

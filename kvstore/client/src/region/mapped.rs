@@ -19,6 +19,7 @@ use parking_lot::Mutex;
 
 use super::memory::Memory;
 use crate::block::conn::Conn;
+use crate::block::table::{self, Record, RecordPlace};
 use crate::convert;
 use crate::error::{Error, Result};
 use crate::matching::Match;
@@ -117,47 +118,36 @@ impl Files {
     pub(crate) async fn read(
         &self,
         conn: &mut Conn,
-        parts: Vec<v1::MappedPart>,
+        parts: v1::MappedParts,
         patience: Duration,
     ) -> Result<Vec<MappedPart>> {
-        let mut out = Vec::with_capacity(parts.len());
-        for part in parts {
-            let status = convert::status_from_proto(part.status).unwrap_or(PartStatus::Miss);
+        let records =
+            table::from_proto(&parts).ok_or_else(|| Error::protocol("a table of mapped parts is cut short"))?;
+        let mut out = Vec::with_capacity(records.len());
+        // Blocks of one call mostly lie in one file.
+        let mut last: Option<(u64, Arc<Memory>)> = None;
+        for Record { item, group, shard, status, reason, place } in records {
             let block = match status {
-                PartStatus::Hit => Some(self.block(conn, &part, patience).await?),
+                PartStatus::Hit => {
+                    let file = match last.take_if(|(nonce, _)| *nonce == place.file) {
+                        Some((_, file)) => file,
+                        None => self.file(conn, place.file, patience).await?,
+                    };
+                    last = Some((place.file, Arc::clone(&file)));
+                    Some(block(file, &place)?)
+                }
                 _ => None,
             };
-            out.push(MappedPart {
-                item: part.item as usize,
-                group: GroupId(u16::try_from(part.group).map_err(|_| Error::protocol("a group over 65535"))?),
-                shard: ShardId(u16::try_from(part.shard).map_err(|_| Error::protocol("a shard over 65535"))?),
-                status,
-                reason: convert::reason_opt_from_proto(part.reason),
-                block,
-            });
+            out.push(MappedPart { item: item as usize, group, shard, status, reason, block });
         }
         Ok(out)
     }
 
-    async fn block(&self, conn: &mut Conn, part: &v1::MappedPart, patience: Duration) -> Result<MappedBlock> {
-        let known = self.0.lock().get(&part.file).filter(|file| file.is_here()).cloned();
-        let file = match known {
-            Some(file) => file,
-            None => self.open(conn, part.file, patience).await?,
-        };
-        let bytes = file.len() as u64;
-        let fits = |at: u64, len: u64| at.checked_add(len).is_some_and(|end| end <= bytes);
-        let entry = usize::try_from(part.entry).ok().filter(|at| at.is_multiple_of(8) && fits(part.entry, 64));
-        match (entry, fits(part.offset, part.length) && part.length > 0, convert::version_from_proto(part.version)) {
-            (Some(entry), true, Some(version)) => Ok(MappedBlock {
-                file,
-                offset: part.offset as usize,
-                len: part.length as usize,
-                entry,
-                generation: part.generation,
-                version,
-            }),
-            _ => Err(Error::protocol("a mapped part lies outside of its file")),
+    async fn file(&self, conn: &mut Conn, nonce: u64, patience: Duration) -> Result<Arc<Memory>> {
+        let known = self.0.lock().get(&nonce).filter(|file| file.is_here()).cloned();
+        match known {
+            Some(file) => Ok(file),
+            None => self.open(conn, nonce, patience).await,
         }
     }
 
@@ -184,5 +174,24 @@ impl Files {
         }
         files.insert(nonce, Arc::clone(&mapped));
         Ok(mapped)
+    }
+}
+
+/// A part that the server says is a hit: inside of its file, or the server lies.
+fn block(file: Arc<Memory>, place: &RecordPlace) -> Result<MappedBlock> {
+    let bytes = file.len() as u64;
+    let fits = |at: u64, len: u64| at.checked_add(len).is_some_and(|end| end <= bytes);
+    let length = u64::from(place.length);
+    let entry = usize::try_from(place.entry).ok().filter(|at| at.is_multiple_of(8) && fits(place.entry, 64));
+    match (entry, fits(place.offset, length) && length > 0, convert::version_from_proto(place.version)) {
+        (Some(entry), true, Some(version)) => Ok(MappedBlock {
+            file,
+            offset: place.offset as usize,
+            len: place.length as usize,
+            entry,
+            generation: place.generation,
+            version,
+        }),
+        _ => Err(Error::protocol("a mapped part lies outside of its file")),
     }
 }

@@ -336,7 +336,7 @@ fn map(verbs: &Verbs, call: Call, wish: v1::MapRequest, may_map: bool) -> Answer
     let get = verbs.get(call, get)?;
     let reads = if get.current { &get.reads[..] } else { &[] };
     let parts = verbs.store.map_items(get.call.caller, lease, reads, want_sums)?;
-    Ok(v1::MapReply { parts })
+    Ok(v1::MapReply { parts: Some(parts) })
 }
 
 /// Calls whose bytes are on their way.

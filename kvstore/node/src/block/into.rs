@@ -166,7 +166,7 @@ impl Job {
         match fetched {
             Fetched::No(status, reason) => Ok(no(item, status, reason)),
             Fetched::Bad(error) => Err(error.into()),
-            Fetched::Hit { part, meta, range, tier } => {
+            Fetched::Hit { part, meta, range, tier, .. } => {
                 if range.len() as u64 > self.into[item].bytes() {
                     return Ok(no(item, PartStatus::Miss, MissReason::Format));
                 }

@@ -1,6 +1,7 @@
 //! Bytes that travel on the connection: get out of slots, write into them.
 //!
-//! Floor of 1 MiB out: one pass for the sums, one `writev` of the slot itself (as many as the socket's buffer asks for).
+//! Floor of 1 MiB out: one pass for the sums, one `writev` of the slot itself (as many as the socket's buffer asks for). A longer
+//! block is summed frame by frame: the client takes in one while the next is summed.
 //! In: the kernel's copy into the slot and one pass for the sums behind it, while the bytes are in the cache.
 
 use std::collections::hash_map::Entry;
@@ -17,9 +18,9 @@ use super::connection::ByCall;
 use super::peer::{Peer, Ticket};
 use crate::connection::Hello;
 use crate::failpoint;
-use crate::store::get::Fetched;
+use crate::store::get::{Compare, Fetched};
 use crate::store::reservations::ReservationId;
-use crate::store::write::Writer;
+use crate::store::write::{Room, Writer};
 use crate::verbs::get::{Fetches, Get, chunks, hit, no};
 use crate::verbs::{Answer, Refusal};
 
@@ -27,7 +28,7 @@ use crate::verbs::{Answer, Refusal};
 pub async fn get(peer: Arc<Peer>, ticket: Ticket, get: Get) {
     let (deadline, chunk_bytes, total) = (get.call.deadline, get.chunk_bytes, get.reads.len());
     let store = Arc::clone(&peer.verbs.store);
-    let mut fetches = Fetches::start(&store, get);
+    let mut fetches = Fetches::start(&store, get, Compare::First(chunk_bytes));
     for item in 0..total {
         let last = item + 1 == total;
         let fetched = tokio::select! {
@@ -43,11 +44,19 @@ pub async fn get(peer: Arc<Peer>, ticket: Ticket, get: Get) {
                 peer.send(&reply(ticket.call, last, no(item, status, reason)), &[], None).await
             }
             Ok(Fetched::Bad(error)) => return peer.answer(ticket.call, Err(error.into())).await,
-            Ok(Fetched::Hit { part, meta, range, tier }) => {
+            Ok(Fetched::Hit { part, meta, range, tier, mut compared }) => {
                 failpoint::at("get.fetched");
                 let (mut head, end) = (Some(hit(item, &meta, tier, range.start)), range.end);
                 let mut sent = Ok(());
                 for chunk in chunks(range, chunk_bytes) {
+                    if !store.compare_to(&part, &meta, &mut compared, chunk.end) {
+                        // What went out of it is worthless to the client now; its copy on NVMe is there for the next get.
+                        store.drop_bad_copy(&meta.id, part.slot());
+                        store.counters.missed(MissReason::Quarantined);
+                        let bad = no(item, PartStatus::Miss, MissReason::Quarantined);
+                        sent = peer.send(&reply(ticket.call, last, bad), &[], None).await;
+                        break;
+                    }
                     let mut message = head.take().unwrap_or_else(|| v1::GetReply {
                         item: item as u32,
                         status: v1::PartStatus::Hit as i32,
@@ -128,9 +137,11 @@ impl Writes {
         if payload > 0 {
             let id = ReservationId(write.reservation_id);
             match writer.room(id, write.offset, payload) {
-                Ok(Some(room)) => {
+                Ok(Some(Room { bytes, sums })) => {
                     failpoint::at("write.landing");
-                    frames.payload(room).await?;
+                    frames.payload(bytes, |_| {}).await?;
+                    // Piece by piece it is slower: the client sleeps more often.
+                    sums.add(bytes);
                     writer.landed(id, payload);
                 }
                 Ok(None) => frames.skip(payload).await?,

@@ -13,7 +13,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
 use crate::store::Store;
-use crate::store::get::Fetched;
+use crate::store::get::{Compare, Fetched};
 use crate::verbs::get::{Fetches, Get, chunks, hit, no};
 
 /// Replies of one get.
@@ -33,7 +33,7 @@ pub fn start(get: Get, store: Arc<Store>) -> GetReplies {
 
 async fn serve(get: Get, store: Arc<Store>, replies: Replies) {
     let (deadline, chunk_bytes, total) = (get.call.deadline, get.chunk_bytes, get.reads.len());
-    let mut fetches = Fetches::start(&store, get);
+    let mut fetches = Fetches::start(&store, get, Compare::All);
     for item in 0..total {
         let fetched = match tokio::time::timeout_at(deadline, fetches.next()).await {
             Ok(Some(fetched)) => fetched,
@@ -66,7 +66,7 @@ fn spell(item: usize, fetched: Fetched, chunk_bytes: usize) -> VecDeque<Result<v
     match fetched {
         Fetched::No(status, reason) => VecDeque::from([Ok(no(item, status, reason))]),
         Fetched::Bad(error) => VecDeque::from([Err(convert::status_from_error(&error))]),
-        Fetched::Hit { part, meta, range, tier } => {
+        Fetched::Hit { part, meta, range, tier, .. } => {
             let end = range.end;
             let mut head = Some(hit(item, &meta, tier, range.start));
             chunks(range, chunk_bytes)

@@ -46,6 +46,8 @@ pub struct PartRead {
 pub enum Compare {
     /// Every chunk that the range touches.
     All,
+    /// Those of its first bytes, at least so many. The rest is left to [`Store::compare_to`].
+    First(usize),
     /// One of them.
     One,
     /// None.
@@ -65,6 +67,8 @@ pub enum Fetched {
         range: std::ops::Range<usize>,
         /// Where it was found.
         tier: Tier,
+        /// What lies before this byte of the part was compared with its sums, from the start of the range on.
+        compared: usize,
     },
     /// No bytes.
     No(PartStatus, MissReason),
@@ -79,6 +83,19 @@ pub enum Obtained {
     Fetched(Fetched),
     /// Verified bytes, read from NVMe straight into that memory.
     Landed(Box<BlockMeta>),
+}
+
+/// A DRAM copy that is what was asked for.
+struct Checked {
+    meta: BlockMeta,
+    range: std::ops::Range<usize>,
+    compared: usize,
+}
+
+/// Whether these chunks of 64 KiB have their sums.
+fn chunks_match(part: &Pinned, meta: &BlockMeta, chunks: std::ops::Range<usize>) -> bool {
+    let bytes = chunks.start * SUM_CHUNK_BYTES..(chunks.end * SUM_CHUNK_BYTES).min(part.len());
+    chunks.is_empty() || meta.sums.first_mismatch(chunks.start, &part[bytes]).is_none()
 }
 
 impl Store {
@@ -150,13 +167,13 @@ impl Store {
                 && let Some(part) = self.arena.pin(slot)
             {
                 match self.check_dram(&read, &found, &part, compare) {
-                    Ok(Some((meta, range))) => {
+                    Ok(Some(Checked { meta, range, compared })) => {
                         let meta = Box::new(meta);
-                        return Obtained::Fetched(Fetched::Hit { part, meta, range, tier: Tier::Dram });
+                        return Obtained::Fetched(Fetched::Hit { part, meta, range, tier: Tier::Dram, compared });
                     }
                     Ok(None) => {
                         drop(part);
-                        self.dram_copy_is_bad(&read.id, slot).await;
+                        self.drop_bad_copy(&read.id, slot);
                         continue;
                     }
                     Err(e) => return bad(e),
@@ -180,7 +197,9 @@ impl Store {
                             return no(PartStatus::Miss, MissReason::Quarantined);
                         }
                         let meta = Box::new(meta);
-                        return Obtained::Fetched(Fetched::Hit { part, meta, range, tier: Tier::Nvme });
+                        // Header and payload were compared when they were read.
+                        let compared = part.len();
+                        return Obtained::Fetched(Fetched::Hit { part, meta, range, tier: Tier::Nvme, compared });
                     }
                     Err(e) => return bad(e),
                 },
@@ -218,26 +237,42 @@ impl Store {
         found: &Located,
         part: &Pinned,
         compare: Compare,
-    ) -> Result<Option<(BlockMeta, std::ops::Range<usize>)>, Error> {
+    ) -> Result<Option<Checked>, Error> {
         let range = self.range_of(read, part.len())?;
         let Ok(meta) = part.meta() else { return Ok(None) };
         if meta.id != read.id || meta.key != read.key || meta.version != found.version {
             return Ok(None);
         }
-        let (mut first, mut last) = (range.start / SUM_CHUNK_BYTES, range.end.div_ceil(SUM_CHUNK_BYTES));
-        match compare {
-            Compare::All => {}
-            Compare::One => {
-                first = rand::rng().random_range(first..last);
-                last = first + 1;
+        let (first, last) = (range.start / SUM_CHUNK_BYTES, range.end.div_ceil(SUM_CHUNK_BYTES));
+        let (chunks, compared) = match compare {
+            Compare::All => (first..last, range.end),
+            Compare::First(bytes) => {
+                let end = range.start.saturating_add(bytes).min(range.end);
+                (first..end.div_ceil(SUM_CHUNK_BYTES), end)
             }
-            Compare::None => return Ok(Some((meta, range))),
-        }
-        let covered = &part[first * SUM_CHUNK_BYTES..(last * SUM_CHUNK_BYTES).min(part.len())];
-        Ok(meta.sums.first_mismatch(first, covered).is_none().then_some((meta, range)))
+            Compare::One => {
+                let one = rand::rng().random_range(first..last);
+                (one..one + 1, range.start)
+            }
+            Compare::None => (first..first, range.start),
+        };
+        Ok(chunks_match(part, &meta, chunks).then_some(Checked { meta, range, compared }))
     }
 
-    async fn dram_copy_is_bad(&self, id: &BlockId, slot: kvkeep_core::SlotRef) {
+    /// Compares a part that [`Compare::First`] was asked of from where it was `compared` to up to the byte `end`; `false`: the
+    /// copy is bad.
+    pub fn compare_to(&self, part: &Pinned, meta: &BlockMeta, compared: &mut usize, end: usize) -> bool {
+        if end <= *compared {
+            return true;
+        }
+        // A chunk that a frame's end lies in was compared whole with that frame.
+        let chunks = compared.div_ceil(SUM_CHUNK_BYTES)..end.div_ceil(SUM_CHUNK_BYTES);
+        *compared = end;
+        chunks_match(part, meta, chunks)
+    }
+
+    /// A DRAM copy has other bytes than were put: it is not used again.
+    pub fn drop_bad_copy(&self, id: &BlockId, slot: kvkeep_core::SlotRef) {
         tracing::error!(block = ?id, "a DRAM copy failed its check: quarantined");
         self.counters.corrupt_copies.one();
         self.arena.quarantine(slot);

@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use kvkeep_client::convert;
+use kvkeep_client::block::table::{self, Record, RecordPlace};
 use kvkeep_core::directory::Located;
 use kvkeep_core::holds::{Hold, Holds, HoldsUsage, Process};
 use kvkeep_core::{BlockId, Digest, Error, ErrorKind, InstanceId, LeaseId, MissReason, PartStatus, Result, SlotRef};
@@ -126,8 +126,8 @@ impl Store {
         lease: LeaseId,
         digests: &[Digest],
         keys: &[Bytes],
-    ) -> Result<Vec<v1::MappedPart>> {
-        let mut parts = Vec::with_capacity(digests.len());
+    ) -> Result<v1::MappedParts> {
+        let mut told = Told::of(digests.len());
         for (slice, digests) in digests.chunks(SLICE_KEYS).enumerate() {
             let first = slice * SLICE_KEYS;
             let mut wanted = Vec::with_capacity(digests.len());
@@ -143,23 +143,17 @@ impl Store {
                     }));
                 }
             }
-            self.map(caller, lease, wanted, false, &mut parts)?;
+            self.map(caller, lease, wanted, false, &mut told)?;
         }
-        Ok(parts)
+        Ok(told.into_proto())
     }
 
     /// The same for single parts. Each must be under the lease.
     ///
     /// # Errors
     /// As [`Self::map_positions`].
-    pub fn map_items(
-        &self,
-        caller: Caller,
-        lease: LeaseId,
-        reads: &[PartRead],
-        sums: bool,
-    ) -> Result<Vec<v1::MappedPart>> {
-        let mut parts = Vec::with_capacity(reads.len());
+    pub fn map_items(&self, caller: Caller, lease: LeaseId, reads: &[PartRead], sums: bool) -> Result<v1::MappedParts> {
+        let mut told = Told::of(reads.len());
         for (slice, reads) in reads.chunks(SLICE_KEYS).enumerate() {
             let first = (slice * SLICE_KEYS) as u32;
             let directory = self.directory.lock();
@@ -178,43 +172,36 @@ impl Store {
                 key: read.key.as_bytes(),
                 found,
             });
-            self.map(caller, lease, wanted.collect(), sums, &mut parts)?;
+            self.map(caller, lease, wanted.collect(), sums, &mut told)?;
         }
-        Ok(parts)
+        Ok(told.into_proto())
     }
 
     /// Floor of a slice: one hold of the arena's lock and one of the directory's, whatever its length.
-    fn map(
-        &self,
-        caller: Caller,
-        lease: LeaseId,
-        wanted: Vec<Wanted<'_>>,
-        sums: bool,
-        parts: &mut Vec<v1::MappedPart>,
-    ) -> Result<()> {
+    fn map(&self, caller: Caller, lease: LeaseId, wanted: Vec<Wanted<'_>>, sums: bool, told: &mut Told) -> Result<()> {
         let in_dram = wanted.iter().filter_map(|w| Some((w.found?.slot?, &w.id, w.key)));
         let mut pinned = self.arena.pin_mapped(in_dram).into_iter();
         let mut slots = Vec::with_capacity(wanted.len());
-        let first = parts.len();
+        let (first, first_sum) = (told.records.len(), told.crc32.len());
         for w in &wanted {
-            let part = match w.found {
-                None => missing(&w.id, MissReason::Removed),
-                Some(Located { slot: None, .. }) => v1::MappedPart {
-                    status: convert::status_to_proto(PartStatus::Loading),
-                    ..missing(&w.id, MissReason::Pending)
-                },
+            let record = match w.found {
+                None => w.missing(PartStatus::Miss, MissReason::Removed),
+                Some(Located { slot: None, .. }) => w.missing(PartStatus::Loading, MissReason::Pending),
                 Some(found) => match pinned.next().flatten() {
                     // Evicted a moment ago, or not what it was taken for.
-                    None => missing(&w.id, MissReason::Evicted),
-                    Some((pin, site)) => {
-                        let sums = sums.then(|| pin.sums().map(|s| s.as_slice().to_vec()).unwrap_or_default());
-                        let part = told(&w.id, &pin, site, found.version.0, sums.unwrap_or_default());
-                        slots.push(MappedSlot(pin));
-                        part
-                    }
+                    None => w.missing(PartStatus::Miss, MissReason::Evicted),
+                    Some((pin, site)) => match sums.then(|| pin.sums()).transpose() {
+                        Err(_) => w.missing(PartStatus::Miss, MissReason::Quarantined),
+                        Ok(sums) => {
+                            told.crc32.extend(sums.iter().flat_map(|sums| sums.as_slice()));
+                            let record = w.hit(&pin, site, found.version.0);
+                            slots.push(MappedSlot(pin));
+                            record
+                        }
+                    },
                 },
             };
-            parts.push(v1::MappedPart { item: w.item, ..part });
+            told.records.push(record);
         }
         let (count, bytes_max) = (slots.len() as u64, self.config.limits.mapped_bytes_max.0);
         let held = {
@@ -223,10 +210,9 @@ impl Store {
             let directory = self.directory.lock();
             if directory.lease_info(lease).is_none_or(|l| l.instance != caller.instance) {
                 drop(directory);
-                let gone = |part: &mut v1::MappedPart, w: &Wanted<'_>| {
-                    *part = v1::MappedPart { item: w.item, ..missing(&w.id, MissReason::Removed) };
-                };
-                parts[first..].iter_mut().zip(&wanted).for_each(|(part, w)| gone(part, w));
+                let gone = wanted.iter().map(|w| w.missing(PartStatus::Miss, MissReason::Removed));
+                told.records[first..].iter_mut().zip(gone).for_each(|(told, gone)| *told = gone);
+                told.crc32.truncate(first_sum);
                 return Ok(());
             }
             self.mapped.0.lock().hold(caller.instance, lease, slots, bytes_max)
@@ -270,29 +256,32 @@ struct Wanted<'a> {
     found: Option<Located>,
 }
 
-fn told(id: &BlockId, pin: &Pinned, site: Site, version: u64, crc32: Vec<u32>) -> v1::MappedPart {
-    v1::MappedPart {
-        item: 0,
-        group: u32::from(id.group.0),
-        shard: u32::from(id.shard.0),
-        status: convert::status_to_proto(PartStatus::Hit),
-        reason: 0,
-        file: site.file,
-        offset: site.offset,
-        entry: site.entry,
-        length: pin.len() as u64,
-        version,
-        generation: site.generation,
-        crc32,
+impl Wanted<'_> {
+    fn hit(&self, pin: &Pinned, site: Site, version: u64) -> Record {
+        let Site { file, offset, entry, generation } = site;
+        let length = pin.len() as u32; // at most `limits.part_bytes_max`, far below 4 GiB
+        let place = RecordPlace { length, file, offset, entry, version, generation };
+        Record { place, reason: None, ..self.missing(PartStatus::Hit, MissReason::Removed) }
+    }
+
+    fn missing(&self, status: PartStatus, reason: MissReason) -> Record {
+        let BlockId { group, shard, .. } = self.id;
+        Record { item: self.item, group, shard, status, reason: Some(reason), place: RecordPlace::default() }
     }
 }
 
-fn missing(id: &BlockId, reason: MissReason) -> v1::MappedPart {
-    v1::MappedPart {
-        group: u32::from(id.group.0),
-        shard: u32::from(id.shard.0),
-        status: convert::status_to_proto(PartStatus::Miss),
-        reason: convert::reason_to_proto(reason),
-        ..Default::default()
+/// The answer to a map as it grows.
+struct Told {
+    records: Vec<Record>,
+    crc32: Vec<u32>,
+}
+
+impl Told {
+    fn of(parts: usize) -> Self {
+        Self { records: Vec::with_capacity(parts), crc32: Vec::new() }
+    }
+
+    fn into_proto(self) -> v1::MappedParts {
+        table::to_proto(&self.records, self.crc32)
     }
 }

@@ -22,15 +22,32 @@ pub struct Writer {
     store: Arc<Store>,
     caller: Caller,
     open: HashMap<ReservationId, Box<Reservation>>,
+    /// Bytes are on their way into this one: if the call ends now, nobody knows what it holds.
+    landing: Option<ReservationId>,
     /// In order of first touch.
     touched: Vec<(ReservationId, Option<Error>, u32)>,
     index: HashMap<ReservationId, usize>,
 }
 
+/// Where bytes of a reservation land.
+pub struct Room<'a> {
+    /// Memory of its slot.
+    pub bytes: &'a mut [u8],
+    /// The sums of what landed before.
+    pub sums: &'a mut RunningSums,
+}
+
 impl Store {
     /// Starts a Write call.
     pub fn writer(self: &Arc<Self>, caller: Caller) -> Writer {
-        Writer { store: Arc::clone(self), caller, open: HashMap::new(), touched: Vec::new(), index: HashMap::new() }
+        Writer {
+            store: Arc::clone(self),
+            caller,
+            open: HashMap::new(),
+            landing: None,
+            touched: Vec::new(),
+            index: HashMap::new(),
+        }
     }
 }
 
@@ -40,19 +57,21 @@ impl Writer {
     /// # Errors
     /// `TooLarge` where the call touches more reservations than one call may.
     pub fn chunk(&mut self, id: ReservationId, offset: u64, data: &[u8]) -> Result<()> {
-        if let Some(room) = self.room(id, offset, data.len())? {
-            copy_cold(room, data);
+        if let Some(Room { bytes, sums }) = self.room(id, offset, data.len())? {
+            copy_cold(bytes, data);
+            sums.add(data);
             self.landed(id, data.len());
         }
         Ok(())
     }
 
-    /// Where the next `len` bytes of a reservation go, to be told of by [`Self::landed`]. `None`: nowhere, for the reservation
-    /// has ended, perhaps just now for a chunk that does not continue it.
+    /// Where the next `len` bytes of a reservation go, all of which are then added to its sums, and told of by
+    /// [`Self::landed`]: a call that ends in between ends the reservation. `None`: nowhere, for the reservation has ended,
+    /// perhaps just now for a chunk that does not continue it.
     ///
     /// # Errors
     /// As [`Self::chunk`].
-    pub fn room(&mut self, id: ReservationId, offset: u64, len: usize) -> Result<Option<&mut [u8]>> {
+    pub fn room(&mut self, id: ReservationId, offset: u64, len: usize) -> Result<Option<Room<'_>>> {
         let at = match self.index.get(&id) {
             Some(at) => *at,
             None if self.touched.len() == OPEN_RESERVATIONS_MAX => {
@@ -79,20 +98,18 @@ impl Writer {
             self.store.counters.reservations_abandoned.one();
         }
         let Some(reservation) = self.open.get_mut(&id) else { return Ok(None) };
-        let start = reservation.written as usize;
-        let slot = reservation.slot.as_mut().map(|slot| slot.bytes_mut()).transpose()?;
-        Ok(slot.and_then(|bytes| bytes.get_mut(start..start + len)))
+        let Reservation { slot, sums, written, .. } = &mut **reservation;
+        let start = *written as usize;
+        let slot = slot.as_mut().map(|slot| slot.bytes_mut()).transpose()?;
+        let Some(bytes) = slot.and_then(|bytes| bytes.get_mut(start..start + len)) else { return Ok(None) };
+        self.landing = Some(id);
+        Ok(Some(Room { bytes, sums }))
     }
 
-    /// So many bytes are where [`Self::room`] said. Their sums are made now, while the bytes are in the cache.
+    /// So many bytes are where [`Self::room`] said, and in its sums.
     pub fn landed(&mut self, id: ReservationId, len: usize) {
+        self.landing = None;
         let Some(reservation) = self.open.get_mut(&id) else { return };
-        let start = reservation.written as usize;
-        if let Some(bytes) = reservation.slot.as_ref().and_then(|slot| slot.bytes().ok())
-            && let Some(landed) = bytes.get(start..start + len)
-        {
-            reservation.sums.add(landed);
-        }
         reservation.written += len as u32;
         if let Some(at) = self.index.get(&id) {
             self.touched[*at].2 = reservation.written;
@@ -115,7 +132,12 @@ impl Drop for Writer {
     fn drop(&mut self) {
         let mut reservations = self.store.reservations.lock();
         for (id, reservation) in self.open.drain() {
-            reservations.give_back(id, reservation);
+            if self.landing == Some(id) {
+                reservations.finish(id);
+                self.store.counters.reservations_abandoned.one();
+            } else {
+                reservations.give_back(id, reservation);
+            }
         }
     }
 }

@@ -75,8 +75,9 @@ pub struct Fetches {
 }
 
 impl Fetches {
-    /// Counts the accesses and starts reading, by `limits.get_read_ahead_bytes` ahead.
-    pub fn start(store: &Arc<Store>, get: Get) -> Self {
+    /// Counts the accesses and starts reading, by `limits.get_read_ahead_bytes` ahead. Whoever sends the parts compares what
+    /// `compare` leaves.
+    pub fn start(store: &Arc<Store>, get: Get, compare: Compare) -> Self {
         let Get { call, handle, current, lease, reads, .. } = get;
         if current {
             store.touch_once(lease, &call.context.info, &reads);
@@ -88,7 +89,7 @@ impl Fetches {
                 let store = Arc::clone(&fetcher);
                 async move {
                     if current {
-                        store.fetch(caller, handle, read, Compare::All).await
+                        store.fetch(caller, handle, read, compare).await
                     } else {
                         store.counters.missed(MissReason::Revision);
                         Fetched::No(PartStatus::Miss, MissReason::Revision)

@@ -40,6 +40,10 @@ impl Verbs {
     }
 
     fn match_one(&self, call: &Call, query: v1::MatchQuery, may_map: bool) -> Result<v1::MatchResult, Error> {
+        if let Some(lease) = convert::lease_from_proto(query.release_lease_id) {
+            failpoint::at("release.asked");
+            self.store.release(call.caller, &[lease], &[]);
+        }
         for key in &query.keys {
             if !(1..=kvkeep_core::ids::KEY_BYTES_MAX).contains(&key.len()) {
                 Key::new(key)?;
@@ -68,10 +72,10 @@ impl Verbs {
         };
         let matched = self.store.match_chain(call.caller, &call.context.info, &wish)?;
         let mapped = match matched.lease.filter(|_| query.map) {
-            None => Vec::new(),
+            None => None,
             Some((lease, _)) => {
                 let boundary = matched.outcome.boundary_positions as usize;
-                self.store.map_positions(call.caller, lease, &wish.digests[..boundary], &query.keys)?
+                Some(self.store.map_positions(call.caller, lease, &wish.digests[..boundary], &query.keys)?)
             }
         };
         Ok(v1::MatchResult { mapped, ..spell_match(matched) })
@@ -160,6 +164,6 @@ fn spell_match(matched: Matched) -> v1::MatchResult {
         statuses: Bytes::from(outcome.statuses),
         tiers: Bytes::from(outcome.tiers),
         error: None,
-        mapped: Vec::new(),
+        mapped: None,
     }
 }

@@ -80,7 +80,7 @@ python: ## Stock gRPC from Python against a node, where tests/python is
 
 # Each prints its floor and its figures; their flags and defaults stand at the head of their files.
 EXAMPLES := kvkeep-core/directory_cost kvkeep-tiers/arena_cost kvkeep-node/index_open kvkeep-tiers/device_bench \
-            kvkeep-bench/generator_speed
+            kvkeep-bench/generator_speed kvkeep-raft/appends
 
 .PHONY: bench
 bench: build ## The measured bars: gRPC against a bare service, match, peers, and the benches beside the code

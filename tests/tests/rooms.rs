@@ -8,8 +8,9 @@ use std::process::Command;
 const ARROWS: &[(&str, &[&str])] = &[
     ("kvkeep-core", &[]),
     ("kvkeep-proto", &[]),
-    ("kvkeep-tiers", &["kvkeep-core"]),
-    ("kvkeep-raft", &["kvkeep-proto"]),
+    ("kvkeep-rocks", &[]),
+    ("kvkeep-tiers", &["kvkeep-core", "kvkeep-rocks"]),
+    ("kvkeep-raft", &["kvkeep-proto", "kvkeep-rocks"]),
     ("kvkeep-client", &["kvkeep-core", "kvkeep-proto"]),
     ("kvkeep-node", &["kvkeep-tiers", "kvkeep-raft", "kvkeep-client", "kvkeep-core", "kvkeep-proto"]),
     ("kvkeep-agent", &["kvkeep-client", "kvkeep-core", "kvkeep-proto"]),
@@ -26,6 +27,8 @@ const TESTS: &str = "kvkeep-tests";
 const NEVER: &[(&str, &[&str])] = &[
     ("kvkeep-core", &["tokio", "rocksdb", "librocksdb-sys", "tonic", "prost", "io-uring", "cudarc", "hyper"]),
     ("kvkeep-proto", &["rocksdb", "librocksdb-sys"]),
+    ("kvkeep-rocks", &["tokio", "tonic", "prost"]),
+    ("kvkeep-raft", &["kvkeep-core", "tonic", "hyper", "io-uring"]),
     ("kvkeep-client", &["rocksdb", "librocksdb-sys", "io-uring"]),
     ("kvkeep-ctl", &["rocksdb", "librocksdb-sys"]),
     ("kvkeep-agent", &["rocksdb", "librocksdb-sys"]),

@@ -282,7 +282,7 @@ impl<D: Device> Sim<D> {
 
     /// Hears answers, and compares what the machines have with what is known.
     fn look(&mut self) {
-        let Self { life: Some(life), known, acknowledged, reads_answered, .. } = self else { return };
+        let Self { life: Some(life), known, acknowledged, .. } = self else { return };
         for (known, view) in known.iter_mut().zip(&life.views) {
             let now = view.lock();
             assert!(now.starts_with(&known.applied), "{:?} was applied, and is not in {now:?}", known.applied);
@@ -299,6 +299,11 @@ impl<D: Device> Sim<D> {
             *acknowledged += 1;
             false
         });
+        self.hear_reads();
+    }
+
+    fn hear_reads(&mut self) {
+        let Self { life: Some(life), known, reads_answered, .. } = self else { return };
         life.reads.retain_mut(|(group, before, pending)| {
             let Some(answer) = pending.try_take() else { return true };
             let applied = answer.unwrap();
@@ -349,6 +354,7 @@ impl<D: Device> Sim<D> {
         for round in 0.. {
             assert!(round < 1000, "it does not come to rest");
             let busy = self.turn_quietly();
+            self.hear_reads();
             let waits = !self.life().reads.is_empty();
             if waits {
                 self.life().engine.tick();

@@ -84,12 +84,12 @@ impl GroupLog {
     /// Gives the state machine the state that stands in the store.
     pub fn load(&self, machine: &mut dyn StateMachine) -> Result<()> {
         machine.clear();
-        self.pairs(&mut |key, value| machine.load(key, value).map_err(|r| refused(self.group, &r)))?;
+        self.pairs(|key, value| machine.load(key, value).map_err(|r| refused(self.group, &r)))?;
         machine.loaded().map_err(|r| refused(self.group, &r))
     }
 
     /// The state machine's keys and values as the store has them, and how far they are: of one moment.
-    fn pairs(&self, each: &mut dyn FnMut(&[u8], &[u8]) -> Result<()>) -> Result<Applied> {
+    fn pairs(&self, mut each: impl FnMut(&[u8], &[u8]) -> Result<()>) -> Result<Applied> {
         let (mut applied, mut failed) = (None, None);
         let applied_key = format::applied_key(self.group);
         let mut visit = |key: &[u8], value: &[u8]| -> Result<bool> {
@@ -277,7 +277,7 @@ impl GroupLog {
 
     fn make_snapshot(&self) -> Result<Snapshot> {
         let mut writer = snapshot::Writer::new();
-        let applied = self.pairs(&mut |key, value| {
+        let applied = self.pairs(|key, value| {
             if writer.bytes() + key.len() + value.len() > SNAPSHOT_BYTES_MAX {
                 return Err(Error::new(ErrorKind::Broken, "the state is too large for a snapshot in a message"));
             }

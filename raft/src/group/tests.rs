@@ -123,14 +123,14 @@ impl Rig {
         self.handle.propose(command.to_vec()).unwrap().queued().unwrap()
     }
 
-    fn from_2(&mut self, message: Message) {
+    fn second_says(&mut self, message: Message) {
         self.engine.receive(G, Message { from: 2, to: 1, ..message });
     }
 
     fn append(&mut self, term: u64, before: (u64, u64), entries: Vec<Entry>, commit: u64) {
         let mut m = Message { term, index: before.0, log_term: before.1, commit, entries, ..Message::default() };
         m.set_msg_type(MessageType::MsgAppend);
-        self.from_2(m);
+        self.second_says(m);
     }
 
     fn last_term(&mut self) -> (u64, u64) {
@@ -192,7 +192,7 @@ fn a_snapshot_is_applied_when_it_is_durable() {
 
         let mut m = Message { term: 3, snapshot: Some(snapshot.clone()), ..Message::default() };
         m.set_msg_type(MessageType::MsgSnapshot);
-        rig.from_2(m);
+        rig.second_says(m);
         let task = rig.turn().expect("a snapshot to write");
         assert!(task.must_sync());
         // Not persisted: raft must not be told that it is applied.
@@ -293,7 +293,7 @@ fn elect(rig: &mut Rig) -> u64 {
         let term = rig.group().node.raft.term + u64::from(kind == MessageType::MsgRequestPreVoteResponse);
         let mut m = Message { term, ..Message::default() };
         m.set_msg_type(kind);
-        rig.from_2(m);
+        rig.second_says(m);
     }
     rig.settle();
     assert_eq!(rig.group().node.raft.state, StateRole::Leader);
@@ -324,7 +324,7 @@ fn a_place_taken_by_another_leader_is_no_answer() {
     let (last, _) = rig.last_term();
     let mut m = Message { term, index: last, ..Message::default() };
     m.set_msg_type(MessageType::MsgAppendResponse);
-    rig.from_2(m);
+    rig.second_says(m);
     rig.settle();
     assert_eq!(second.try_take().unwrap().unwrap_err().kind(), ErrorKind::Superseded);
     assert_eq!(third.try_take().unwrap().unwrap().take::<Vec<u8>>().unwrap(), b"third");
@@ -362,7 +362,7 @@ fn a_read_on_a_fresh_leader_is_asked_again() {
     let mut m =
         Message { term: 2, index: 2, entries: asked.expect("the leader is asked").entries, ..Message::default() };
     m.set_msg_type(MessageType::MsgReadIndexResp);
-    rig.from_2(m);
+    rig.second_says(m);
     rig.settle();
     assert_eq!(read.try_take().unwrap().unwrap(), 2);
 }

@@ -8,7 +8,7 @@
 //! | meta | `v` | [store record](records::StoreRecord) |
 //! | meta | `g`, group 8, `h` | [hard state](records::encode_hard_state) |
 //! | meta | `g`, group 8, `s` | [start of the log](records::LogStart) |
-//! | log | group 8, index 8 | [entry](entry) |
+//! | log | group 8, index 8 | [`entry`] |
 //! | state | group 8, 0 | [how far the state machine has applied](records::Applied) |
 //! | state | group 8, 1, key of the state machine | bytes of the state machine |
 //!

@@ -2,7 +2,8 @@
 //!
 //! The commands: [`replay`] (a workload through the real API) -> [`main_job`] (what `make run` runs: a replay with the node
 //! killed half-way) -> [`load`] (closed and open loop) -> [`grpc`] (against a bare service) -> [`matching`] (cost of match)
-//! -> [`peers`] (beside other stores and plain references) -> [`device`] (NVMe into a region, beside fio).
+//! -> [`peers`] (beside other stores and plain references) -> [`device`] (NVMe into a region, beside fio) -> [`policy`] (what
+//! eviction policies would keep).
 //! What they stand on: [`trace`] (workloads), [`block_bytes`] and [`keys`] (bytes and names made from ids), [`measure`]
 //! (histograms, CPU, load), [`progress`], [`units`], [`node`] (starting and killing `kvkeepd`).
 //!
@@ -18,6 +19,7 @@ pub mod matching;
 pub mod measure;
 pub mod node;
 pub mod peers;
+pub mod policy;
 pub mod progress;
 pub mod replay;
 pub mod trace;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use kvkeep_bench::{device, grpc, load, main_job, matching, peers, replay};
+use kvkeep_bench::{device, grpc, load, main_job, matching, peers, policy, replay};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Load, replay and comparisons for KVKeep.
@@ -30,6 +30,8 @@ enum Command {
     Device(device::DeviceCommand),
     /// Ours beside other stores and plain references, in one run of random order
     Peers(peers::PeersCommand),
+    /// What eviction policies would keep of a trace, beside the best possible; no node needed
+    Policy(policy::PolicyCommand),
     /// The bare service that `grpc` compares with
     #[command(hide = true)]
     BareServer(grpc::bare::BareCommand),
@@ -47,6 +49,7 @@ async fn run(command: Command) -> anyhow::Result<bool> {
         Command::Match(c) => matching::command(c).await,
         Command::Device(c) => device::command(c).await,
         Command::Peers(c) => peers::command(c).await,
+        Command::Policy(c) => policy::command(c).await,
         Command::PeersReference(c) => peers::references::server::command(c).await,
         Command::BareServer(c) => grpc::bare::command(c).await,
     }

@@ -143,6 +143,7 @@ impl Engine {
             kind: request.kind,
             input_tokens: request.input_tokens,
             output_tokens: request.output_tokens,
+            ..RequestInfo::default()
         };
         let trace_clock = self.shared.plan.args.policy_clock == PolicyClockArg::Trace;
         Call { info, policy_clock: trace_clock.then_some(kvkeep_core::Instant(request.at_ms)), ..Call::of(id) }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use kvkeep_core::ids::{InstanceId, Instant, Key, LeaseId, NamespaceId, RequestId, Revision, Version};
-use kvkeep_core::words::{Class, Fidelity, MissReason, PartStatus, RequestInfo, RequestKind, Tier};
+use kvkeep_core::words::{Class, Fidelity, Hint, MissReason, PartStatus, RequestInfo, RequestKind, Tier};
 use kvkeep_core::{Error, ErrorKind, Format, Group, Handle, Result, Rule, SizeRule, Topology};
 use kvkeep_proto::{ERROR_DETAIL_KEY, v1};
 use prost::Message as _;
@@ -198,7 +198,33 @@ pub fn info_from_proto(info: Option<v1::RequestInfo>) -> RequestInfo {
         kind: kind_from_proto(i.kind).unwrap_or(RequestKind::Unspecified),
         input_tokens: i.input_tokens,
         output_tokens: i.output_tokens,
+        ..RequestInfo::default()
     })
+}
+
+/// A session's id as a number for the policy: what [`context_to_proto`] made of one, or a sum of any other text. 0: none.
+fn session_from_proto(id: &str) -> u64 {
+    let number = (id.len() == 16).then(|| u64::from_str_radix(id, 16).ok()).flatten();
+    // FNV-1a: the policy only has to tell sessions from each other.
+    let sum = || id.bytes().fold(0xCBF2_9CE4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01B3));
+    if id.is_empty() { 0 } else { number.unwrap_or_else(sum) }
+}
+
+fn hint_to_proto(hint: Hint) -> v1::Hint {
+    let what = match hint {
+        Hint::Ends => v1::hint::What::Finished(true),
+        Hint::DueIn(ms) => v1::hint::What::DueMs(u64::from(ms)),
+    };
+    v1::Hint { what: Some(what) }
+}
+
+/// What the policy understands of a hint: that a session ends, or when it is due.
+fn hint_from_proto(hint: &v1::Hint) -> Option<Hint> {
+    match hint.what? {
+        v1::hint::What::Finished(true) => Some(Hint::Ends),
+        v1::hint::What::DueMs(ms) => Some(Hint::DueIn(u32::try_from(ms).unwrap_or(u32::MAX))),
+        v1::hint::What::Finished(false) | v1::hint::What::Paused(_) | v1::hint::What::Priority(_) => None,
+    }
 }
 
 /// What a server reads of a [`v1::CallContext`].
@@ -218,13 +244,14 @@ pub struct Context {
 
 /// A call's context as it travels.
 pub fn context_to_proto(context: &Context) -> v1::CallContext {
+    let info = &context.info;
     v1::CallContext {
         request_id: Bytes::copy_from_slice(context.request_id.as_bytes()),
         deadline_ms: context.deadline.map_or(0, millis_to_proto),
         info: Some(info_to_proto(context.info)),
         policy_clock_ms: context.policy_clock.map_or(0, |i| i.0),
-        session_id: String::new(),
-        hints: Vec::new(),
+        session_id: if info.session == 0 { String::new() } else { format!("{:016x}", info.session) },
+        hints: info.hint.map(hint_to_proto).into_iter().collect(),
         label: context.label.clone(),
     }
 }
@@ -235,7 +262,11 @@ pub fn context_from_proto(context: Option<v1::CallContext>) -> Result<Context> {
     Ok(Context {
         request_id: RequestId::new(&c.request_id)?,
         deadline: millis_from_proto(c.deadline_ms),
-        info: info_from_proto(c.info),
+        info: RequestInfo {
+            session: session_from_proto(&c.session_id),
+            hint: c.hints.iter().find_map(hint_from_proto),
+            ..info_from_proto(c.info)
+        },
         policy_clock: (c.policy_clock_ms != 0).then_some(Instant(c.policy_clock_ms)),
         label: c.label,
     })

@@ -1,6 +1,6 @@
 //! What the directory costs: bytes per tracked position, time per insert, match, lease, access and victim.
 //!
-//! `cargo run --release -p kvkeep-core --example directory_cost -- [positions]` (10,000,000 unless said).
+//! `cargo run --release -p kvkeep-core --example directory_cost -- [positions] [policy]` (10,000,000 and sage unless said).
 //! One group, one shard, 32-byte keys (which the directory does not keep), chains of 4,096. In chain order every position
 //! is put in DRAM and then on NVMe; in the order of digests it is found on NVMe, as when an index is opened.
 //! Matches are timed by the wall clock, the rest by the time on the processor. Floors: an insert or a look-up of a position that is in no cache is 2 to 3 misses to memory (table, entry, and for an
@@ -12,8 +12,8 @@ use std::time::{Duration, Instant as Clock};
 use kvkeep_core::directory::{Directory, DirectoryLimits, Dropped, Inserted, Matcher, Placed, SLICE};
 use kvkeep_core::{
     BlockId, BlockMeta, ChunkSums, Class, Digest, DigestKey, Fidelity, Format, Group, GroupId, Handle, InstanceId,
-    Instant, Key, KeyDomain, LeaseAsk, LeaseId, MissReason, NamespaceId, NvmePlace, RequestId, RequestInfo, Revision,
-    Rule, ShardId, SizeRule, SlotRef, TenantId, Tier, Topology, Version,
+    Instant, Key, KeyDomain, LeaseAsk, LeaseId, MissReason, NamespaceId, NvmePlace, PolicyKind, RequestId, RequestInfo,
+    Revision, Rule, ShardId, SizeRule, SlotRef, TenantId, Tier, Topology, Version,
 };
 
 const CHAIN: usize = 4096;
@@ -21,27 +21,32 @@ const MATCHES: usize = 400;
 const HANDLE: Handle = Handle { namespace: NamespaceId(1), revision: Revision(1) };
 
 fn main() {
-    let positions: usize = match std::env::args().nth(1).map(|n| n.parse()) {
-        None => 10_000_000,
-        Some(Ok(n)) => n,
-        Some(Err(e)) => {
-            eprintln!("positions: {e}");
-            std::process::exit(2);
-        }
-    };
+    let positions: usize = argument(1, 10_000_000);
+    let kind = argument(2, PolicyKind::Sage);
     let positions = positions.next_multiple_of(CHAIN);
     let digests: Vec<Digest> = (0..positions).map(digest).collect();
-    println!("{positions} positions, chains of {CHAIN}");
+    println!("{positions} positions, chains of {CHAIN}, policy {kind}");
 
-    chain_order(&digests);
-    digest_order(&digests);
+    chain_order(&digests, kind);
+    digest_order(&digests, kind);
+}
+
+fn argument<T: std::str::FromStr<Err: std::fmt::Display>>(n: usize, default: T) -> T {
+    match std::env::args().nth(n).map(|text| text.parse()) {
+        None => default,
+        Some(Ok(value)) => value,
+        Some(Err(e)) => {
+            eprintln!("argument {n}: {e}");
+            std::process::exit(2);
+        }
+    }
 }
 
 /// As a node meets them: each chain from its start, then the main calls on random chains.
-fn chain_order(digests: &[Digest]) {
+fn chain_order(digests: &[Digest], kind: PolicyKind) {
     let format = format();
     let before = resident_bytes();
-    let mut dir = Directory::new(DirectoryLimits::default());
+    let mut dir = Directory::new(DirectoryLimits::default(), kind);
     let start = on_cpu();
     let parent = |i: usize| (!i.is_multiple_of(CHAIN)).then(|| digests[i - 1]);
     insert(&mut dir, &format, digests.iter().enumerate().map(|(i, d)| (i, *d, parent(i))), true);
@@ -112,6 +117,22 @@ fn chain_order(digests: &[Digest]) {
         }
     }
     println!("victim and drop, DRAM     {:>9.1} ns each", per(on_cpu() - start, victims));
+    // A victim long after: every position has grown older, and what was seen is learned from.
+    let (start, later) = (on_cpu(), Instant(120_000));
+    dir.victim(Tier::Dram, later).expect("there are leaves");
+    println!("a victim that learns first {:>8.1} us", micros(on_cpu() - start));
+    let (start, before) = (on_cpu(), resident_bytes());
+    for _ in 0..victims {
+        let victim = dir.victim(Tier::Nvme, later).expect("there are leaves");
+        for part in &victim.parts {
+            let id = BlockId { digest: victim.digest, group: part.group, shard: part.shard };
+            let place = part.place.expect("a victim on NVMe has a place");
+            dir.drop_place(&id, place, MissReason::Evicted);
+        }
+    }
+    println!("victim and drop, NVMe     {:>9.1} ns each", per(on_cpu() - start, victims));
+    let (grown, ghosts) = (resident_bytes().saturating_sub(before), dir.ghosts());
+    println!("ghosts                    {:>9.1} bytes each, {ghosts}", grown as f64 / ghosts.max(1) as f64);
     let start = on_cpu();
     for digest in digests {
         dir.remove(digest, MissReason::Removed);
@@ -121,14 +142,14 @@ fn chain_order(digests: &[Digest]) {
 }
 
 /// As an index is opened: on NVMe, in the order of digests, children before or after their parents.
-fn digest_order(digests: &[Digest]) {
+fn digest_order(digests: &[Digest], kind: PolicyKind) {
     let format = format();
     // What an index gives, side by side: number, digest, parent.
     let mut index: Vec<(usize, Digest, Option<Digest>)> =
         (0..digests.len()).map(|i| (i, digests[i], (!i.is_multiple_of(CHAIN)).then(|| digests[i - 1]))).collect();
     index.sort_unstable_by_key(|(_, digest, _)| *digest);
     let before = resident_bytes();
-    let mut dir = Directory::new(DirectoryLimits::default());
+    let mut dir = Directory::new(DirectoryLimits::default(), kind);
     let start = on_cpu();
     for slice in index.chunks(SLICE) {
         dir.warm(slice.iter().filter_map(|(_, _, parent)| parent.as_ref()));

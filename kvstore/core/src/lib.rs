@@ -39,4 +39,6 @@ pub use ids::{
     Revision, ShardId, TenantId, Version,
 };
 pub use lease::{LeaseAsk, LeaseInfo, LeaseLimits};
-pub use words::{Class, EventKind, Fidelity, Happening, MissReason, PartStatus, RequestInfo, RequestKind, Tier};
+pub use words::{
+    Class, EventKind, Fidelity, Happening, Hint, MissReason, PartStatus, PolicyKind, RequestInfo, RequestKind, Tier,
+};

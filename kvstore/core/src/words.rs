@@ -147,6 +147,25 @@ words!(
 );
 
 words!(
+    /// What decides which position goes next.
+    PolicyKind {
+        /// Learned online from the use of positions like it; leaves first.
+        Sage = 1 => "sage",
+        /// Least recently used; leaves first.
+        Lru = 2 => "lru",
+    }
+);
+
+impl std::str::FromStr for PolicyKind {
+    type Err = String;
+
+    fn from_str(word: &str) -> Result<Self, String> {
+        let known = PolicyKind::ALL.iter().find(|kind| kind.word() == word);
+        known.copied().ok_or_else(|| format!("{word:?} is no policy; there are sage and lru"))
+    }
+}
+
+words!(
     /// What happened to a position: the words of `explain` and of its bounded history.
     Happening {
         /// Committed for the first time.
@@ -182,6 +201,15 @@ words!(
     }
 );
 
+/// What a client says of a session's future. A hint that is missing says nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hint {
+    /// After this request the session does not come back.
+    Ends,
+    /// The session's next request comes in about so many milliseconds.
+    DueIn(u32),
+}
+
 /// What every access carries for the policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RequestInfo {
@@ -191,10 +219,28 @@ pub struct RequestInfo {
     pub input_tokens: u32,
     /// Tokens of its output; 0: not known yet.
     pub output_tokens: u32,
+    /// Any number that is the session's own; 0: not said. Matters to hints only.
+    pub session: u64,
+    /// Any number that is the client's own: how far its hints can be believed is learned for each.
+    pub client: u64,
+    /// What is said of the session's future.
+    pub hint: Option<Hint>,
+}
+
+impl RequestInfo {
+    /// A request that says nothing.
+    pub const NONE: RequestInfo = RequestInfo {
+        kind: RequestKind::Unspecified,
+        input_tokens: 0,
+        output_tokens: 0,
+        session: 0,
+        client: 0,
+        hint: None,
+    };
 }
 
 impl Default for RequestInfo {
     fn default() -> Self {
-        Self { kind: RequestKind::Unspecified, input_tokens: 0, output_tokens: 0 }
+        Self::NONE
     }
 }

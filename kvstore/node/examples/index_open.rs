@@ -20,7 +20,7 @@ use kvkeep_core::error::Result;
 use kvkeep_core::ids::{
     BlockId, DigestKey, GroupId, Handle, Key, KeyDomain, NamespaceId, Revision, ShardId, TenantId, Version,
 };
-use kvkeep_core::words::{Class, Fidelity};
+use kvkeep_core::words::{Class, Fidelity, PolicyKind};
 use kvkeep_core::{Format, Group, Rule, SizeRule, Topology};
 use kvkeep_node::store::load::Loader;
 use kvkeep_tiers::io::sim::Dice;
@@ -96,7 +96,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         };
         let disk = PreadDisk::open(&segments_dir(&dir), DiskOptions::default())?;
         let mut bytes = 0u64;
-        let mut loader = Loader::start(Directory::new(DirectoryLimits::default()))?;
+        let mut loader = Loader::start(Directory::new(DirectoryLimits::default(), PolicyKind::Sage))?;
         let namespace = Arc::new(namespace());
         let (store, report) = NvmeStore::open(config, Arc::new(disk), Arc::new(index), &mut |entry| {
             bytes += u64::from(entry.len);

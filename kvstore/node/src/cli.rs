@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
+use kvkeep_core::PolicyKind;
 use tokio_util::sync::CancellationToken;
 
 use crate::address::{BlockListen, TcpListen};
@@ -93,6 +94,9 @@ struct Flags {
     /// Use pread/pwrite even where io_uring works.
     #[arg(long, env = "KVKEEP_NO_IO_URING", global = true)]
     no_io_uring: bool,
+    /// What decides which block goes next: sage (learned) or lru.
+    #[arg(long, env = "KVKEEP_POLICY", global = true)]
+    policy: Option<PolicyKind>,
     /// Where the policy's clock comes from.
     #[arg(long, env = "KVKEEP_POLICY_CLOCK", global = true, value_enum)]
     policy_clock: Option<PolicyClock>,
@@ -134,6 +138,7 @@ impl Flags {
             arena_dir => arena.dir,
             nvme_bytes => nvme.bytes,
             keep_free_bytes => nvme.keep_free_bytes,
+            policy => policy,
             policy_clock => policy_clock,
         );
         c.listen.unix = self.unix_socket.map(PathBuf::from).unwrap_or(c.listen.unix);

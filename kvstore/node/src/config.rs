@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kvkeep_core::format::BLOCK_BYTES_MAX;
-use kvkeep_core::{Error, ErrorKind, Result};
+use kvkeep_core::{Error, ErrorKind, PolicyKind, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::address::{self, BlockListen, TcpListen};
@@ -33,6 +33,8 @@ pub struct Config {
     pub node_name: String,
     /// Everything that must survive a restart.
     pub data_dir: PathBuf,
+    /// What decides which block goes next: `sage` (learned) or `lru`.
+    pub policy: PolicyKind,
     /// Where the policy's clock comes from.
     pub policy_clock: PolicyClock,
     /// Who may connect, and where.
@@ -191,6 +193,8 @@ pub struct LimitsSection {
     pub instance_grace_ms: u32,
     /// Positions tracked.
     pub positions_max: u32,
+    /// Positions that the policy remembers after they left, at 32 bytes each.
+    pub ghosts_max: u32,
     /// Events kept for watchers.
     pub events_max: u32,
     /// Watchers at a time.
@@ -220,6 +224,7 @@ impl Default for Config {
         Self {
             node_name: "node-0".into(),
             data_dir: PathBuf::from("kvkeep-data"),
+            policy: PolicyKind::Sage,
             policy_clock: PolicyClock::Monotonic,
             listen: Listen::default(),
             auth: Auth::default(),
@@ -306,6 +311,7 @@ impl Default for LimitsSection {
             deadline_ms_default: 30_000,
             instance_grace_ms: 5_000,
             positions_max: 50_000_000,
+            ghosts_max: 4 * 1024 * 1024,
             events_max: 65_536,
             watchers_max: 64,
             history_max: 65_536,
@@ -456,6 +462,7 @@ impl Config {
             ("limits.leases_per_instance_max", l.leases_per_instance_max, 1 << 20),
             ("limits.leased_positions_per_instance_max", l.leased_positions_per_instance_max, 1 << 26),
             ("limits.positions_max", l.positions_max, 1 << 30),
+            ("limits.ghosts_max", l.ghosts_max, 1 << 30),
             ("limits.events_max", l.events_max, 1 << 24),
             ("limits.watchers_max", l.watchers_max, 4_096),
             ("limits.history_max", l.history_max, 1 << 24),

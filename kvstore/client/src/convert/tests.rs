@@ -63,6 +63,8 @@ proptest! {
         kind in 0u8..6,
         tokens in any::<(u32, u32)>(),
         clock in any::<u64>(),
+        session in any::<u64>(),
+        hint in prop_oneof![0u32..3, any::<u32>()],
         label in text(),
     ) {
         let context = Context {
@@ -72,6 +74,13 @@ proptest! {
                 kind: RequestKind::from_code(kind).unwrap(),
                 input_tokens: tokens.0,
                 output_tokens: tokens.1,
+                session,
+                client: 0,
+                hint: match hint {
+                    0 => None,
+                    1 => Some(Hint::Ends),
+                    ms => Some(Hint::DueIn(ms)),
+                },
             },
             policy_clock: (clock != 0).then_some(Instant(clock)),
             label,

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use crate::block::{NvmePlace, SlotRef};
 use crate::ids::{Digest, GroupId, Handle, Instant, ShardId, Version};
+use crate::policy::Access;
 use crate::words::{Class, RequestInfo, Tier};
 
 use super::Directory;
@@ -60,9 +61,41 @@ impl Directory {
 
     pub(super) fn access_entry(&mut self, id: EntryId, info: &RequestInfo, now: Instant) {
         let e = &mut self.slab[id];
+        let last = e.last_access;
         e.accesses = e.accesses.saturating_add(1);
-        e.last_access = e.last_access.max(now);
-        self.policy.access(&mut self.slab, id, info, now);
+        e.last_access = last.max(now);
+        self.tell_access(id, info, Some(last), now);
+    }
+
+    /// Tells the policy of an access that the entry knows of already.
+    pub(super) fn tell_access(&mut self, id: EntryId, info: &RequestInfo, last: Option<Instant>, now: Instant) {
+        let e = &self.slab[id];
+        let tail = self.homes.get(e.home).shape.ends_within(info.input_tokens, e.position);
+        self.policy.access(&mut self.slab, id, &Access { info, now, last, tail });
+    }
+
+    /// What a client says of a session's future ([`RequestInfo::hint`], with its session and client), between accesses of
+    /// its positions. Nothing counts as accessed. `false`: the position is not here.
+    pub fn hint(&mut self, digest: &Digest, info: &RequestInfo, now: Instant) -> bool {
+        let Some(id) = self.slab.find(digest).filter(|id| !self.slab[*id].parts.is_empty()) else { return false };
+        self.policy.hint(&mut self.slab, id, info, now);
+        true
+    }
+
+    /// What the policy has learned, as bytes for [`Directory::load_learned`] in a later life; empty where it learns nothing.
+    pub fn learned(&self) -> Vec<u8> {
+        self.policy.save()
+    }
+
+    /// Begins with what an earlier life learned. `false`: the bytes are not readable (cut off, damaged, of another version
+    /// or policy), and the policy goes on with what it has: at first, with nothing.
+    pub fn load_learned(&mut self, bytes: &[u8]) -> bool {
+        self.policy.load(bytes)
+    }
+
+    /// Positions that the policy remembers although they left.
+    pub fn ghosts(&self) -> usize {
+        self.policy.ghosts()
     }
 
     /// What should leave `tier` next; `None`: nothing may (or it is no tier of a storage node). It stays until the

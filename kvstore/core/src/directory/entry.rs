@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! Entry 112 = digest 16 | parts 32 | last access 8 | list links 2 x 8 | parent 4 | home 4 | chain index 4
-//!           | children 4 | resident children 2 x 4 | leases 4 | accesses 4 | list seats 2 | flags 2 | gone 1 | unused 3
+//!           | children 4 | resident children 2 x 4 | leases 4 | accesses 4 | list seats 2 | flags 2 | gone 1 | the policy's own 3
 //! Part   32 = version 8 | slot 8 | place 8 | len 4 | shard 2 | group 1 | grade 1
 //! ```
 
@@ -255,6 +255,10 @@ pub(crate) struct Entry {
     /// Code of the [`MissReason`] for which the last part went; 0: never had one, or has some.
     pub gone: u8,
     pub flags: u16,
+    /// The policy's: what it is told apart by, uses as far as they are remembered, and whose it is.
+    pub class: u8,
+    pub uses: u8,
+    pub session: u8,
 }
 
 const _: () = assert!(size_of::<Part>() == 32 && size_of::<Parts>() == 32 && size_of::<Entry>() == 112);
@@ -274,6 +278,8 @@ impl Entry {
     pub(crate) const TRIM: u16 = 64;
     /// In the list of spare parts in DRAM, on NVMe.
     pub(crate) const SPARE_LISTED: [u16; 2] = [128, 256];
+    /// More than one session has used it.
+    pub(crate) const SHARED: u16 = 512;
 
     pub(crate) fn new(digest: Digest, home: HomeId, position: u32, now: Instant) -> Self {
         Self {
@@ -291,6 +297,9 @@ impl Entry {
             seat: [0; 2],
             gone: 0,
             flags: 0,
+            class: 0,
+            uses: 0,
+            session: 0,
         }
     }
 

@@ -47,6 +47,7 @@ pub(crate) struct Shape {
     pub plain: bool,
     /// Positions of the longest window; 0: no window group.
     pub window_positions: u32,
+    tokens_per_key: u32,
 }
 
 impl Shape {
@@ -75,7 +76,13 @@ impl Shape {
             .max()
             .unwrap_or(0);
         let plain = groups.iter().all(|g| g.need == Need::All);
-        Self { groups, unit, plain, window_positions }
+        Self { groups, unit, plain, window_positions, tokens_per_key: format.tokens_per_key }
+    }
+
+    /// Whether an input of so many tokens (0: not said) ends in position `index` without filling it.
+    pub(crate) fn ends_within(&self, input_tokens: u32, index: u32) -> bool {
+        let tokens = self.tokens_per_key;
+        tokens > 1 && index == input_tokens / tokens && !input_tokens.is_multiple_of(tokens)
     }
 
     /// Parts that a whole position `index` has.

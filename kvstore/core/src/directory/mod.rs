@@ -30,7 +30,7 @@ mod upkeep;
 #[cfg(test)]
 mod model_tests;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 
@@ -41,8 +41,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::ids::{BlockId, Digest, GroupId, Handle, Instant, LeaseId, ShardId, Version};
 use crate::lease::{LeaseLimits, LeaseTable, Parting};
-use crate::policy::{Policy, lru::Lru};
-use crate::words::{Class, Fidelity, MissReason, RequestInfo};
+use crate::policy::{self, Policy, sage::GHOSTS_MAX};
+use crate::words::{Class, Fidelity, MissReason, PolicyKind, RequestInfo};
 
 pub use access::{Victim, VictimPart};
 pub use home::Usage;
@@ -62,13 +62,15 @@ pub const POSITIONS_MAX: u32 = 64 * 1024 * 1024;
 pub struct DirectoryLimits {
     /// Most tracked positions, those included that stand for their children only.
     pub positions_max: u32,
+    /// Most positions that the policy remembers after they left, at 32 bytes each.
+    pub ghosts_max: u32,
     /// Bounds of leases.
     pub leases: LeaseLimits,
 }
 
 impl Default for DirectoryLimits {
     fn default() -> Self {
-        Self { positions_max: POSITIONS_MAX, leases: LeaseLimits::default() }
+        Self { positions_max: POSITIONS_MAX, ghosts_max: GHOSTS_MAX, leases: LeaseLimits::default() }
     }
 }
 
@@ -179,15 +181,15 @@ pub struct Directory {
 }
 
 impl Directory {
-    /// An empty directory that evicts by leaf-first LRU.
-    pub fn new(limits: DirectoryLimits) -> Self {
+    /// An empty directory that evicts by that policy.
+    pub fn new(limits: DirectoryLimits, kind: PolicyKind) -> Self {
         // The id `u32::MAX` means none.
         let positions_max = limits.positions_max.min(u32::MAX - 1);
         Self {
             limits: DirectoryLimits { positions_max, ..limits },
             slab: Slab::new(),
             homes: Homes::default(),
-            policy: Box::new(Lru::new()),
+            policy: policy::make(kind, limits.ghosts_max),
             leases: LeaseTable::new(limits.leases),
             parting: VecDeque::new(),
             leased: 0,
@@ -255,7 +257,7 @@ impl Directory {
         }
         self.after_change(id, None);
         if first {
-            self.policy.access(&mut self.slab, id, info, now);
+            self.tell_access(id, info, None, now);
         }
         self.note_end(id);
         Ok(old.as_ref().map_or(Inserted::Stored, |part| Inserted::Superseded(part.into())))
@@ -503,6 +505,8 @@ impl Directory {
             e.parts.forget_empty();
             e.gone = reason.map_or(e.gone, MissReason::code);
             let digest = e.digest;
+            self.policy.gone(&mut self.slab, id, reason == Some(MissReason::Evicted));
+            let e = &mut self.slab[id];
             if e.has(Entry::EXPIRES) {
                 e.set(Entry::EXPIRES, false);
                 self.forget_expiry(&digest);

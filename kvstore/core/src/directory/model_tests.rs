@@ -9,7 +9,7 @@ use crate::error::ErrorKind;
 use crate::format::{Format, Rule};
 use crate::ids::{BlockId, Digest, GroupId, InstanceId, Instant, LeaseId, RequestId, ShardId, Version};
 use crate::lease::LeaseLimits;
-use crate::words::{Class, Fidelity, MissReason, PartStatus, RequestInfo, Tier};
+use crate::words::{Class, Fidelity, MissReason, PartStatus, PolicyKind, RequestInfo, Tier};
 
 use super::testing::{ask, audit, digest, format, meta, place, slot, small_leases};
 use super::{Directory, DirectoryLimits, Dropped, Inserted, Matcher, Placed, Victim};
@@ -28,6 +28,10 @@ fn formats() -> Vec<Format> {
         format(&[(Rule::All, 2, 1), (window(3), 1, 1), (Rule::State, 1, 2)]),
         format(&[(window(4), 2, 1), (Rule::State, 2, 1)]),
     ]
+}
+
+fn kinds() -> impl Strategy<Value = PolicyKind> {
+    prop::sample::select(PolicyKind::ALL)
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -180,9 +184,10 @@ struct World {
 }
 
 impl World {
-    fn new(which: usize, choices: &[usize]) -> Self {
+    fn new(kind: PolicyKind, which: usize, choices: &[usize]) -> Self {
         let model = Model::new(formats()[which].clone(), choices);
-        let dir = Directory::new(DirectoryLimits { leases: model.limits, ..DirectoryLimits::default() });
+        let limits = DirectoryLimits { leases: model.limits, ghosts_max: 16, ..DirectoryLimits::default() };
+        let dir = Directory::new(limits, kind);
         Self { dir, model, now: 1, next: 1, digests: (0..NODES as u32).map(digest).collect() }
     }
 
@@ -547,11 +552,12 @@ proptest! {
     /// stay, always offers what may go, and is empty when everything has left.
     #[test]
     fn the_directory_agrees_with_the_model(
+        kind in kinds(),
         which in 0..formats().len(),
         choices in choices(),
         ops in prop::collection::vec(any::<(u8, u8, u8, u8)>(), 1..120),
     ) {
-        let mut world = World::new(which, &choices);
+        let mut world = World::new(kind, which, &choices);
         for op in ops {
             world.step(op);
             world.check();
@@ -563,11 +569,12 @@ proptest! {
     /// of" for groups that need every block, until nothing is left.
     #[test]
     fn only_victims_leaving_keeps_a_tier_closed_under_parent_of(
+        kind in kinds(),
         which in 0..formats().len(),
         choices in choices(),
         ops in prop::collection::vec(any::<(u8, u8)>(), 1..60),
     ) {
-        let mut world = World::new(which, &choices);
+        let mut world = World::new(kind, which, &choices);
         for (op, a) in ops {
             let n = usize::from(a) % NODES;
             match op % 4 {
@@ -602,10 +609,11 @@ proptest! {
     #[test]
     fn whatever_parents_are_claimed_everything_can_go(
         puts in prop::collection::vec((0u32..12, prop::option::of(0u32..12), 0u32..6, any::<bool>()), 1..40),
+        kind in kinds(),
         which in 0..formats().len(),
     ) {
         let format = &formats()[which];
-        let mut dir = Directory::new(DirectoryLimits::default());
+        let mut dir = Directory::new(DirectoryLimits::default(), kind);
         for (n, parent, position, remove) in puts {
             if let Some((group, shard)) = format.parts_at(position).next() {
                 let m = meta(BlockId { digest: digest(n), group, shard }, position, parent);
@@ -631,11 +639,12 @@ proptest! {
     /// victim has gone.
     #[test]
     fn spare_parts_cost_no_end_its_last_boundary(
+        kind in kinds(),
         which in 2..formats().len(),
         choices in choices(),
         chains in prop::collection::vec((0..NODES, any::<u16>()), 1..10),
     ) {
-        let mut world = World::new(which, &choices);
+        let mut world = World::new(kind, which, &choices);
         for (n, absent) in chains {
             let path = world.model.path(n);
             for (i, n) in path.iter().enumerate() {

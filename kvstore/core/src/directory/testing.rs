@@ -12,15 +12,15 @@ use crate::ids::{
 };
 use crate::lease::{LeaseAsk, LeaseLimits};
 use crate::policy::obstacle;
-use crate::words::{Class, Fidelity, RequestInfo};
+use crate::words::{Class, Fidelity, PolicyKind, RequestInfo};
 
 use super::entry::{Entry, EntryId, Level};
 use super::{Directory, DirectoryLimits, Inserted, Placed};
 
-pub(super) const HANDLE: Handle = Handle { namespace: NamespaceId(1), revision: Revision(1) };
+pub(crate) const HANDLE: Handle = Handle { namespace: NamespaceId(1), revision: Revision(1) };
 
 /// Groups as (rule, keys per block, shards), one token per key.
-pub(super) fn format(groups: &[(Rule, u32, u16)]) -> Format {
+pub(crate) fn format(groups: &[(Rule, u32, u16)]) -> Format {
     let group = |&(rule, tokens_per_block, shards): &(Rule, u32, u16)| Group {
         rule,
         tokens_per_block,
@@ -43,30 +43,30 @@ pub(super) fn format(groups: &[(Rule, u32, u16)]) -> Format {
     format
 }
 
-pub(super) fn plain() -> Format {
+pub(crate) fn plain() -> Format {
     format(&[(Rule::All, 1, 1)])
 }
 
-pub(super) fn digest(n: u32) -> Digest {
+pub(crate) fn digest(n: u32) -> Digest {
     let mut bytes = [0; 16];
     bytes[..8].copy_from_slice(&u64::from(n).wrapping_mul(0x9E37_79B9_7F4A_7C15).to_be_bytes());
     bytes[12..].copy_from_slice(&n.to_le_bytes());
     Digest::from_slice(&bytes).unwrap()
 }
 
-pub(super) fn block(n: u32, group: u16, shard: u16) -> BlockId {
+pub(crate) fn block(n: u32, group: u16, shard: u16) -> BlockId {
     BlockId { digest: digest(n), group: GroupId(group), shard: ShardId(shard) }
 }
 
-pub(super) fn slot(n: u64) -> SlotRef {
+pub(crate) fn slot(n: u64) -> SlotRef {
     SlotRef::from_raw(n + 1).unwrap()
 }
 
-pub(super) fn place(n: u64) -> NvmePlace {
+pub(crate) fn place(n: u64) -> NvmePlace {
     NvmePlace::from_raw(n + 1).unwrap()
 }
 
-pub(super) fn meta(id: BlockId, position: u32, parent: Option<u32>) -> BlockMeta {
+pub(crate) fn meta(id: BlockId, position: u32, parent: Option<u32>) -> BlockMeta {
     BlockMeta {
         id,
         tenant: TenantId(0),
@@ -82,15 +82,15 @@ pub(super) fn meta(id: BlockId, position: u32, parent: Option<u32>) -> BlockMeta
     }
 }
 
-pub(super) fn directory() -> Directory {
-    Directory::new(DirectoryLimits::default())
+pub(crate) fn directory() -> Directory {
+    Directory::new(DirectoryLimits::default(), PolicyKind::Lru)
 }
 
-pub(super) fn small_leases() -> LeaseLimits {
+pub(crate) fn small_leases() -> LeaseLimits {
     LeaseLimits { leases_per_instance: 3, positions_per_instance: 12, instances: 2, ..LeaseLimits::default() }
 }
 
-pub(super) fn ask(instance: u8, request: &[u8], fresh: u64) -> LeaseAsk {
+pub(crate) fn ask(instance: u8, request: &[u8], fresh: u64) -> LeaseAsk {
     LeaseAsk {
         instance: InstanceId([instance; 16]),
         request: RequestId::new(request).unwrap(),
@@ -101,7 +101,7 @@ pub(super) fn ask(instance: u8, request: &[u8], fresh: u64) -> LeaseAsk {
 }
 
 /// Puts all parts of position `n` of a chain 0, 1, 2 ... into DRAM (and on NVMe).
-pub(super) fn put(dir: &mut Directory, format: &Format, n: u32, parent: Option<u32>, position: u32, nvme: bool) {
+pub(crate) fn put(dir: &mut Directory, format: &Format, n: u32, parent: Option<u32>, position: u32, nvme: bool) {
     for (group, shard) in format.parts_at(position) {
         let id = BlockId { digest: digest(n), group, shard };
         let copy = u64::from(n) * 64 + u64::from(group.0) * 8 + u64::from(shard.0);
@@ -115,14 +115,14 @@ pub(super) fn put(dir: &mut Directory, format: &Format, n: u32, parent: Option<u
 }
 
 /// A chain of positions `0..len`, digests the same.
-pub(super) fn put_chain(dir: &mut Directory, format: &Format, len: u32, nvme: bool) {
+pub(crate) fn put_chain(dir: &mut Directory, format: &Format, len: u32, nvme: bool) {
     for n in 0..len {
         put(dir, format, n, n.checked_sub(1), n, nvme);
     }
 }
 
 /// Recounts everything that the directory keeps twice, and checks that nothing evictable is forgotten.
-pub(super) fn audit(dir: &Directory) {
+pub(crate) fn audit(dir: &Directory) {
     let all: Vec<(EntryId, &Entry)> =
         (0..dir.slab.end()).filter_map(|i| dir.slab.live(i).map(|e| (EntryId(i), e))).collect();
     assert_eq!(all.len(), dir.slab.len() as usize);

@@ -3,15 +3,14 @@
 use crate::error::ErrorKind;
 use crate::format::{Format, Rule};
 use crate::ids::{Digest, GroupId, Handle, InstanceId, Instant, LeaseId, RequestId, Revision, ShardId, Version};
-use crate::words::{Class, Fidelity, MissReason, PartStatus, RequestInfo, Tier};
+use crate::words::{Class, Fidelity, MissReason, PartStatus, PolicyKind, RequestInfo, Tier};
 
 use super::testing::{
     HANDLE, ask, audit, block, digest, directory, format, meta, place, plain, put, put_chain, slot, small_leases,
 };
 use super::{Directory, DirectoryLimits, Dropped, Inserted, MatchOutcome, Matcher, Placed};
 
-const INFO: RequestInfo =
-    RequestInfo { kind: crate::words::RequestKind::Unspecified, input_tokens: 0, output_tokens: 0 };
+const INFO: RequestInfo = RequestInfo::NONE;
 
 fn digests(n: std::ops::Range<u32>) -> Vec<Digest> {
     n.map(digest).collect()
@@ -96,7 +95,7 @@ fn a_part_that_does_not_fit_its_format_is_refused() {
 
 #[test]
 fn the_bound_of_positions_is_named_and_holds() {
-    let mut dir = Directory::new(DirectoryLimits { positions_max: 2, ..DirectoryLimits::default() });
+    let mut dir = Directory::new(DirectoryLimits { positions_max: 2, ..DirectoryLimits::default() }, PolicyKind::Lru);
     let f = plain();
     put(&mut dir, &f, 0, None, 0, false);
     // Its parent's entry would be one too many: it stands alone.
@@ -482,7 +481,7 @@ fn a_second_lease_of_a_request_extends_the_first_to_the_union() {
 #[test]
 fn a_lease_is_renewed_up_to_its_longest_life_and_then_expires() {
     let limits = crate::LeaseLimits { life_max: std::time::Duration::from_secs(15), ..small_leases() };
-    let mut dir = Directory::new(DirectoryLimits { leases: limits, ..DirectoryLimits::default() });
+    let mut dir = Directory::new(DirectoryLimits { leases: limits, ..DirectoryLimits::default() }, PolicyKind::Lru);
     let f = plain();
     put(&mut dir, &f, 0, None, 0, false);
     dir.lease(&ask(1, b"r", 5), &digests(0..1), &INFO, Instant(0), Instant(0)).unwrap();
@@ -501,7 +500,8 @@ fn a_lease_is_renewed_up_to_its_longest_life_and_then_expires() {
 
 #[test]
 fn a_bound_on_leases_is_named_and_nothing_is_taken() {
-    let mut dir = Directory::new(DirectoryLimits { leases: small_leases(), ..DirectoryLimits::default() });
+    let mut dir =
+        Directory::new(DirectoryLimits { leases: small_leases(), ..DirectoryLimits::default() }, PolicyKind::Lru);
     let f = plain();
     put_chain(&mut dir, &f, 20, false);
     let mut lease = |instance, request: &[u8], range, fresh| {

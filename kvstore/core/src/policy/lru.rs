@@ -9,12 +9,9 @@ use crate::directory::entry::{EntryId, Level};
 use crate::directory::list::{List, Seat};
 use crate::directory::slab::Slab;
 use crate::ids::Instant;
-use crate::words::RequestInfo;
 
-use super::{Obstacle, Policy, obstacle};
-
-/// Leased entries looked at in one call, when nothing else is left.
-const LAST_RESORT_STEPS: u32 = 256;
+use super::last_resort::LastResort;
+use super::{Access, Obstacle, Policy, obstacle};
 
 /// Values of an entry's policy byte.
 const PARKED: u8 = 0;
@@ -25,16 +22,12 @@ const LEASED: u8 = 2;
 pub(crate) struct Lru {
     /// Per level, the oldest in front.
     main: [List; 2],
-    /// Leased positions in DRAM whose turn came: the last resort, if NVMe has them too.
-    leased: List,
+    leased: LastResort,
 }
 
 impl Lru {
     pub(crate) fn new() -> Self {
-        Self {
-            main: Level::BOTH.map(|level| List::new(Seat::Policy(level))),
-            leased: List::new(Seat::Policy(Level::Dram)),
-        }
+        Self { main: Level::BOTH.map(|level| List::new(Seat::Policy(level))), leased: LastResort::new() }
     }
 
     fn unlink(&mut self, slab: &mut Slab, id: EntryId, level: Level) {
@@ -51,19 +44,6 @@ impl Lru {
         self.main[level as usize].push_back(slab, id);
         slab[id].seat[level as usize] = LISTED;
     }
-
-    /// A leased position that DRAM can spare because NVMe has all of it.
-    fn last_resort(&mut self, slab: &mut Slab) -> Option<EntryId> {
-        for _ in 0..LAST_RESORT_STEPS.min(self.leased.len()) {
-            let id = self.leased.front()?;
-            if slab[id].resident_children[Level::Dram as usize] == 0 && slab[id].saved() {
-                return Some(id);
-            }
-            self.leased.unlink(slab, id);
-            self.leased.push_back(slab, id);
-        }
-        None
-    }
 }
 
 impl Policy for Lru {
@@ -71,7 +51,7 @@ impl Policy for Lru {
         self.rejoin(slab, id, level);
     }
 
-    fn access(&mut self, slab: &mut Slab, id: EntryId, _info: &RequestInfo, _now: Instant) {
+    fn access(&mut self, slab: &mut Slab, id: EntryId, _: &Access<'_>) {
         for level in Level::BOTH {
             if slab[id].resident(level) {
                 self.rejoin(slab, id, level);
@@ -98,29 +78,31 @@ impl Policy for Lru {
         self.unlink(slab, id, level);
     }
 
+    fn gone(&mut self, _: &mut Slab, _: EntryId, _: bool) {}
+
     fn victim(&mut self, slab: &mut Slab, level: Level, _now: Instant) -> Option<EntryId> {
         while let Some(id) = self.main[level as usize].front() {
             let Some(kept) = obstacle(slab, id, level) else { return Some(id) };
             self.unlink(slab, id, level);
             if kept == Obstacle::Leased && level == Level::Dram {
-                self.leased.push_back(slab, id);
+                self.leased.push(slab, id);
                 slab[id].seat[level as usize] = LEASED;
             }
         }
-        if level == Level::Dram { self.last_resort(slab) } else { None }
+        if level == Level::Dram { self.leased.victim(slab) } else { None }
     }
 
     fn defer(&mut self, slab: &mut Slab, id: EntryId, level: Level) {
         if slab[id].seat[level as usize] == LEASED {
             self.leased.unlink(slab, id);
-            self.leased.push_back(slab, id);
+            self.leased.push(slab, id);
         } else {
             self.rejoin(slab, id, level);
         }
     }
 
     fn hottest(&self, slab: &Slab, level: Level, visit: &mut dyn FnMut(EntryId) -> bool) {
-        let leased = (level == Level::Dram).then_some(&self.leased);
+        let leased = (level == Level::Dram).then_some(&self.leased.0);
         for list in leased.into_iter().chain([&self.main[level as usize]]) {
             let mut next = list.back();
             while let Some(id) = next {

@@ -1,18 +1,19 @@
 //! Which position goes next. The directory owns the facts (entries, chains, leases, classes); a policy owns the order.
 //!
-//! - [`lru`]: least recently used, leaves first. What a node runs today.
+//! - [`sage`]: learned from how long positions like it stayed unused before they were used again, leaves first.
+//! - [`lru`]: least recently used, leaves first.
 //!
-//! A policy keeps lists through the entries' two policy seats (one per level) and may keep one byte per entry and level
-//! (which list); the entry has three bytes to spare for more. It is told of everything that changes its order. A learned
-//! policy keeps one list per class in order of last access, a cursor per age bucket, and evicts the oldest leaf of the
-//! worst cell: the same calls.
+//! A policy keeps lists through the entries' two policy seats (one per level) and has a byte per entry and level (which
+//! list) and three bytes per entry of its own. It is told of everything that changes its order.
 
+mod last_resort;
 pub(crate) mod lru;
+pub(crate) mod sage;
 
 use crate::directory::entry::{EntryId, Level};
 use crate::directory::slab::Slab;
 use crate::ids::Instant;
-use crate::words::RequestInfo;
+use crate::words::{PolicyKind, RequestInfo};
 
 /// What stands in the way of evicting a position from a level now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +46,19 @@ pub(crate) fn obstacle(slab: &Slab, id: EntryId, level: Level) -> Option<Obstacl
     }
 }
 
+/// One access, as a policy is told of it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Access<'a> {
+    /// What the request said.
+    pub info: &'a RequestInfo,
+    /// On the policy's clock.
+    pub now: Instant,
+    /// The access before this one; `None`: the position was not here, this is the commit of its first part.
+    pub last: Option<Instant>,
+    /// The prompt ends in this position and does not fill it.
+    pub tail: bool,
+}
+
 /// An order of eviction. Calls name entries that are resident on the level named, `enter` before all others.
 pub(crate) trait Policy: Send {
     /// `id` has become resident on `level`.
@@ -52,7 +66,7 @@ pub(crate) trait Policy: Send {
 
     /// `id` was accessed; its last access and count are already those of this access. Also said of the commit of its
     /// first part, after `enter`.
-    fn access(&mut self, slab: &mut Slab, id: EntryId, info: &RequestInfo, now: Instant);
+    fn access(&mut self, slab: &mut Slab, id: EntryId, access: &Access<'_>);
 
     /// Something that kept `id` has ended: its last resident child left, its last lease ended, its copy is on NVMe.
     fn freed(&mut self, slab: &mut Slab, id: EntryId, level: Level);
@@ -60,12 +74,42 @@ pub(crate) trait Policy: Send {
     /// `id` is not resident on `level` any more. Its seat must be left.
     fn leave(&mut self, slab: &mut Slab, id: EntryId, level: Level);
 
+    /// `id` has left its last tier: `evicted` in its turn, or taken out for another reason.
+    fn gone(&mut self, slab: &mut Slab, id: EntryId, evicted: bool);
+
     /// The entry to evict next, still in place: asked twice with nothing done in between, the same.
     fn victim(&mut self, slab: &mut Slab, level: Level, now: Instant) -> Option<EntryId>;
 
-    /// Not now: as if it had just been accessed, without counting.
+    /// Not now: others first, without counting as an access.
     fn defer(&mut self, slab: &mut Slab, id: EntryId, level: Level);
+
+    /// The client of a resident `id` says with `info` what comes of its session; no access.
+    fn hint(&mut self, _slab: &mut Slab, _id: EntryId, _info: &RequestInfo, _now: Instant) {}
+
+    /// What was learned, for a later life; empty where nothing is.
+    fn save(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    /// Begins with what an earlier life learned, in place of what was learned until now. `false`: it is not readable,
+    /// and nothing has changed.
+    fn load(&mut self, _bytes: &[u8]) -> bool {
+        false
+    }
+
+    /// Positions that it remembers although they left.
+    fn ghosts(&self) -> usize {
+        0
+    }
 
     /// Entries that may be evicted some day, the best kept first. A parent may be missing where its child is given.
     fn hottest(&self, slab: &Slab, level: Level, visit: &mut dyn FnMut(EntryId) -> bool);
+}
+
+/// The policy of that name.
+pub(crate) fn make(kind: PolicyKind, ghosts_max: u32) -> Box<dyn Policy> {
+    match kind {
+        PolicyKind::Sage => Box::new(sage::Sage::new(ghosts_max)),
+        PolicyKind::Lru => Box::new(lru::Lru::new()),
+    }
 }

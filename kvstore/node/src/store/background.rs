@@ -1,4 +1,4 @@
-//! What runs beside the calls: expiry, room, write-behind, lazy reclaim, scrubs, the warm set, metrics.
+//! What runs beside the calls: expiry, room, write-behind, lazy reclaim, scrubs, the warm set, what the policy learned, metrics.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -36,6 +36,7 @@ impl Store {
         self.tasks.spawn(Arc::clone(self).tick());
         self.tasks.spawn(Arc::clone(self).free_what_is_over());
         self.tasks.spawn(Arc::clone(self).load_warm_set());
+        self.tasks.spawn(Arc::clone(self).keep_learned());
         self.tasks.spawn(Arc::clone(self).scrub_dram());
         self.tasks.spawn(Arc::clone(self).scrub_nvme());
         self.tasks.spawn(Arc::clone(self).queue_adopted());
@@ -242,6 +243,7 @@ impl Store {
         }
         metrics::gauge!("kvkeep_arena_stranded_bytes").set(self.arena.usage().stranded.total() as f64);
         metrics::gauge!("kvkeep_positions").set(stats.positions as f64);
+        metrics::gauge!("kvkeep_policy_ghosts").set(self.directory.lock().ghosts() as f64);
         metrics::gauge!("kvkeep_leases").set(f64::from(stats.leases));
         metrics::gauge!("kvkeep_leased_positions").set(f64::from(stats.leased_positions));
         metrics::gauge!("kvkeep_reservations").set(f64::from(stats.reservations));

@@ -34,7 +34,7 @@ use super::journal::Journal;
 use super::load::Loader;
 use super::namespaces::Views;
 use super::reservations::Reservations;
-use super::{PREFETCH_READS_MAX, Store, behind::Behind};
+use super::{PREFETCH_READS_MAX, Store, behind::Behind, learned};
 use crate::auth::Tokens;
 use crate::catalogue_file::CatalogueFile;
 use crate::config::Config;
@@ -75,7 +75,7 @@ impl Store {
         let views = Views::default();
         catalogue.namespaces().for_each(|n| views.set(n.clone()));
         let clock = Clock::new(config.policy_clock);
-        let directory = Directory::new(limits(&config));
+        let directory = Directory::new(limits(&config), config.policy);
         let (mut directory, nvme) = if config.nvme.off {
             (directory, None)
         } else {
@@ -83,6 +83,7 @@ impl Store {
             (directory, Some(nvme))
         };
         let arena = open_arena(&config, &data_dir, &views, &mut directory, &mut report)?;
+        learned::load(&data_dir, &mut directory);
         let mut refused = Vec::new();
         let nvme = nvme.map(|nvme| {
             arena.set_registrar(Arc::new(DiskRegistrar(nvme.disk)));
@@ -130,6 +131,7 @@ impl Store {
     pub async fn close(self: &Arc<Self>) {
         self.drain_writes().await;
         self.save_warm_set();
+        self.save_learned();
         self.stopping.cancel();
         self.tasks.close();
         self.tasks.wait().await;
@@ -194,6 +196,7 @@ fn limits(config: &Config) -> DirectoryLimits {
     let l = &config.limits;
     DirectoryLimits {
         positions_max: l.positions_max,
+        ghosts_max: l.ghosts_max,
         leases: LeaseLimits {
             leases_per_instance: l.leases_per_instance_max,
             positions_per_instance: l.leased_positions_per_instance_max,

@@ -96,7 +96,10 @@ pub(crate) struct Batch {
 impl Verbs {
     /// Reads a call's context; tells the policy's clock.
     pub fn call(&self, hello: &Hello, ctx: Option<v1::CallContext>) -> Answer<Call> {
-        let context = convert::context_from_proto(ctx)?;
+        let mut context = convert::context_from_proto(ctx)?;
+        // Whose hints these are: an engine's, as long as it lives.
+        let [a, b, c, d, e, f, g, h, ..] = hello.instance.0;
+        context.info.client = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
         if let Some(told) = context.policy_clock {
             self.store.clock.tell(told.0);
         }

@@ -1,0 +1,395 @@
+//! The order against a naive one, the counts against recounts, and what was learned against what happened.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use proptest::prelude::*;
+
+use super::ages::BUCKETS;
+use super::cells::Ranks;
+use super::classes::{CLASSES, ClassId, HISTORY, Sort};
+use super::*;
+use crate::directory::entry::{Entry, Parts};
+use crate::directory::testing::{HANDLE, digest, plain};
+use crate::words::{RequestInfo, RequestKind};
+
+/// Positions of the universe: chains of four.
+const POSITIONS: u32 = 40;
+const CHAIN: u32 = 4;
+
+/// A policy over entries that nobody else looks after.
+struct World {
+    sage: Sage,
+    slab: Slab,
+    now: u64,
+    /// Of positions that left: last access, class, uses.
+    ghosts: BTreeMap<u32, (u64, u8, u8)>,
+    used: BTreeMap<(u8, usize), f64>,
+}
+
+impl World {
+    fn new() -> Self {
+        Self { sage: Sage::new(1 << 16), slab: Slab::new(), now: 1000, ghosts: BTreeMap::new(), used: BTreeMap::new() }
+    }
+
+    fn find(&self, n: u32) -> Option<EntryId> {
+        self.slab.find(&digest(n))
+    }
+
+    /// Uses a position and those before it in its chain, the deepest first; what is not here comes in.
+    fn request(&mut self, n: u32, info: &RequestInfo) {
+        let first = n / CHAIN * CHAIN;
+        let known: Vec<u32> = (first..=n).take_while(|n| self.find(*n).is_some()).collect();
+        for n in known.iter().rev() {
+            let id = self.find(*n).expect("known");
+            let last = self.slab[id].last_access;
+            self.note(self.slab[id].class, last.0);
+            self.slab[id].last_access = Instant(self.now);
+            self.tell(id, info, Some(last));
+        }
+        for n in first + known.len() as u32..=n {
+            let parent = n.checked_sub(1).filter(|_| n > first).and_then(|p| self.find(p));
+            let mut entry = entry(n, n - first, self.now);
+            entry.parent = parent.unwrap_or(EntryId::NONE);
+            entry.set_resident(Level::Dram, true);
+            let id = self.slab.insert(entry);
+            if let Some(parent) = parent {
+                self.slab[parent].resident_children[0] += 1;
+                self.slab[parent].children += 1;
+            }
+            if let Some((last, class, _)) = self.ghosts.remove(&n) {
+                self.note(class, last);
+            }
+            self.sage.enter(&mut self.slab, id, Level::Dram);
+            self.tell(id, info, None);
+        }
+    }
+
+    fn note(&mut self, class: u8, last: u64) {
+        let gap = self.sage.ages.bucket(Duration::from_millis(self.now - last));
+        *self.used.entry((class, gap)).or_default() += 1.0;
+    }
+
+    fn tell(&mut self, id: EntryId, info: &RequestInfo, last: Option<Instant>) {
+        let access = Access { info, now: Instant(self.now), last, tail: false };
+        self.sage.access(&mut self.slab, id, &access);
+    }
+
+    fn leaves(&self) -> Vec<(u32, EntryId)> {
+        (0..POSITIONS)
+            .filter_map(|n| self.find(n).map(|id| (n, id)))
+            .filter(|(_, id)| self.slab[*id].resident_children[0] == 0)
+            .collect()
+    }
+
+    /// The index that a leaf's class and age have.
+    fn index(&self, id: EntryId) -> (f32, usize) {
+        let e = &self.slab[id];
+        let bucket = usize::from(e.seat[0]) - 1;
+        (self.sage.hazards.index(ClassId(e.class), bucket), BUCKETS - bucket)
+    }
+
+    /// Lets the next victim go, which must be one that no leaf is worth less than.
+    fn evict(&mut self) -> Option<u32> {
+        let id = self.sage.victim(&mut self.slab, Level::Dram, Instant(self.now));
+        let leaves = self.leaves();
+        let Some(id) = id else {
+            assert!(leaves.is_empty(), "a leaf and no victim");
+            return None;
+        };
+        assert_eq!(self.slab[id].resident_children[0], 0, "no leaf");
+        for (n, leaf) in &leaves {
+            let e = &self.slab[*leaf];
+            let listed = usize::from(e.seat[0]) - 1;
+            // The cell is the age's, but for the time between two looks, and for those that came in behind a younger one.
+            let age = self.now - e.last_access.0;
+            let late = self.sage.ages.width_ms(listed) * 5 / 4 + 1;
+            assert!(age >= self.sage.ages.start_ms(listed), "{n} is younger than its cell");
+            assert!(self.sage.ages.end_ms(listed).is_none_or(|end| age < end + late), "{n} has outgrown its cell");
+            assert!(self.index(id) <= self.index(*leaf), "{n} is worth less than the victim");
+        }
+        let n = (0..POSITIONS).find(|n| self.find(*n) == Some(id)).expect("of this universe");
+        self.drop_it(n, true);
+        Some(n)
+    }
+
+    fn drop_it(&mut self, n: u32, evicted: bool) {
+        let id = self.find(n).expect("here");
+        self.slab[id].set_resident(Level::Dram, false);
+        self.sage.leave(&mut self.slab, id, Level::Dram);
+        if evicted {
+            let e = &self.slab[id];
+            self.ghosts.insert(n, (e.last_access.0, e.class, e.uses));
+        }
+        self.sage.gone(&mut self.slab, id, evicted);
+        let parent = self.slab[id].parent.some();
+        self.slab.remove(id);
+        if let Some(parent) = parent {
+            self.slab[parent].children -= 1;
+            self.slab[parent].resident_children[0] -= 1;
+            if self.slab[parent].resident_children[0] == 0 {
+                self.sage.freed(&mut self.slab, parent, Level::Dram);
+            }
+        }
+    }
+
+    /// Everything that is kept twice agrees.
+    fn check(&self) {
+        let seats = self.leaves().len();
+        assert_eq!(self.sage.cells[0].len(), seats, "leaves and nobody else have a seat");
+        let mut open = [0u32; CLASSES];
+        let here = (0..POSITIONS).filter_map(|n| self.find(n));
+        here.for_each(|id| open[usize::from(self.slab[id].class)] += 1);
+        self.ghosts.values().for_each(|(_, class, _)| open[usize::from(*class)] += 1);
+        for (class, open) in open.iter().enumerate() {
+            let mut counted = 0;
+            self.sage.calendar.visit(ClassId(class as u8), |_, count| counted += count);
+            assert_eq!(counted, *open, "open positions of class {class}");
+        }
+        assert_eq!(self.sage.ghosts.len() >= self.ghosts.len(), true);
+    }
+}
+
+fn entry(n: u32, position: u32, now: u64) -> Entry {
+    // Any home does: the policy does not look at it.
+    let mut homes = crate::directory::home::Homes::default();
+    let home = homes.intern(HANDLE, &plain());
+    let mut entry = Entry::new(digest(n), home, position, Instant(now));
+    entry.parts = Parts::None;
+    entry
+}
+
+fn info(kind: u8, input: u32, output: u32) -> RequestInfo {
+    let kind = RequestKind::from_code(kind % 6).expect("six kinds");
+    RequestInfo { kind, input_tokens: input, output_tokens: output, ..RequestInfo::default() }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// Requests, pauses and victims in any order: the victim is a leaf of the lowest index, counts agree, and every gap
+    /// that happened was observed.
+    #[test]
+    fn the_victim_is_a_leaf_that_no_other_is_worth_less_than(
+        steps in prop::collection::vec((0u8..8, 0..POSITIONS, 0u32..24, any::<u16>()), 1..120),
+    ) {
+        let mut world = World::new();
+        for (op, n, pause, sizes) in steps {
+            world.now += 1 << pause.min(22);
+            match op {
+                0..=3 => world.request(n, &info(op, u32::from(sizes) * 2, u32::from(sizes) % 400)),
+                4 if world.find(n).is_some_and(|id| world.slab[id].resident_children[0] == 0) => {
+                    world.drop_it(n, false);
+                    world.ghosts.remove(&n);
+                }
+                _ => assert!(world.evict().is_none_or(|n| n < POSITIONS)),
+            }
+            world.check();
+        }
+        // Before anything fades.
+        world.sage.hazards.used.iter().flatten().for_each(|seen| assert!(seen.is_finite() && *seen >= 0.0));
+        while world.evict().is_some() {}
+        prop_assert_eq!(world.slab.len(), 0);
+    }
+
+    /// Without a fit in between nothing fades, and the observations are exactly what happened.
+    #[test]
+    fn every_gap_is_observed_once(steps in prop::collection::vec((any::<bool>(), 0..POSITIONS, 0u64..400), 1..60)) {
+        let mut world = World::new();
+        for (evict, n, pause) in steps {
+            // Sixty pauses of 0.3 s stay under the time of the first fit.
+            world.now += pause.min(300);
+            if evict {
+                world.evict();
+            } else {
+                world.request(n, &info(1, 100, 100));
+            }
+        }
+        for class in 0..CLASSES {
+            for bucket in 0..BUCKETS {
+                let seen = world.sage.hazards.used[class][bucket];
+                let happened = world.used.get(&(class as u8, bucket)).copied().unwrap_or(0.0);
+                prop_assert_eq!(seen, happened, "class {} bucket {}", class, bucket);
+            }
+        }
+    }
+}
+
+/// Two kinds of positions, one used again after a minute and one never: the learned order keeps the first kind, although
+/// the second was used more recently.
+#[test]
+fn what_comes_back_is_kept_and_what_does_not_goes_first() {
+    let mut world = World::new();
+    let (living, dead) = (info(1, 1000, 100), info(1, 100_000, 100));
+    let step = 60_000;
+    for round in 0..400u32 {
+        world.now += step;
+        // Position 0 is used each minute; another one is used once and leaves in its turn.
+        world.request(0, &living);
+        world.now += 1000;
+        let once = CHAIN + (round % 8) * CHAIN;
+        world.request(once, &dead);
+        if world.leaves().len() > 2 {
+            let gone = world.evict();
+            if round > 20 {
+                assert_ne!(gone, Some(0), "round {round}: what comes back each minute went for what does not");
+            }
+        }
+        // A new universe of the dead each time: their ghosts do not come back.
+        world.ghosts.clear();
+        if round % 8 == 7 {
+            for n in CHAIN..POSITIONS {
+                let _ = world.sage.ghosts.take(&digest(n));
+            }
+        }
+    }
+}
+
+#[test]
+fn with_nothing_learned_the_longest_unused_goes_first() {
+    let mut world = World::new();
+    for n in 0..POSITIONS / CHAIN {
+        world.now += 1500;
+        world.request(n * CHAIN, &info((n % 6) as u8, n * 9000, n * 50));
+    }
+    for n in 0..POSITIONS / CHAIN - 2 {
+        assert_eq!(world.evict(), Some(n * CHAIN));
+    }
+}
+
+#[test]
+fn every_class_is_what_it_was_made_of() {
+    let mut seen = std::collections::BTreeSet::new();
+    for class in 0..CLASSES {
+        match ClassId(class as u8).sort() {
+            Sort::History { coarse } => assert!(class < HISTORY && coarse < classes::COARSE),
+            Sort::Ended { trust } => {
+                let uses = [1, 2, 3, 5, 9, 17];
+                assert!(uses.iter().any(|uses| ClassId::ended(trust, *uses).index() == class));
+            }
+            Sort::Due { noise, due } => assert_eq!(ClassId::due(noise, due).index(), class),
+        }
+        seen.insert(format!("{:?}", ClassId(class as u8)));
+    }
+    assert_eq!(seen.len(), CLASSES);
+    let hazards = Hazards::new(&Ages::new());
+    drop(Ranks::new(&hazards));
+}
+
+fn said(session: u64, hint: Option<Hint>) -> RequestInfo {
+    RequestInfo { session, hint, client: 1, ..info(1, 1000, 100) }
+}
+
+/// Everything that a run of steps did: who left when, in order.
+fn run(steps: &[(bool, u32, u32)], info: impl Fn(u32) -> RequestInfo) -> Vec<Option<u32>> {
+    let mut world = World::new();
+    steps
+        .iter()
+        .map(|(evict, n, pause)| {
+            world.now += 1 << pause.min(&20);
+            if *evict {
+                return world.evict();
+            }
+            world.request(*n, &info(n / CHAIN));
+            None
+        })
+        .collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// Naming sessions and clients without a hint changes nothing.
+    #[test]
+    fn without_hints_the_order_is_that_of_history(
+        steps in prop::collection::vec((any::<bool>(), 0..POSITIONS, 0u32..21), 1..100),
+    ) {
+        let free = run(&steps, |_| info(1, 1000, 100));
+        let named = run(&steps, |chain| said(u64::from(chain) + 1, None));
+        prop_assert_eq!(free, named);
+    }
+
+    /// What was saved begins the next life with the same order.
+    #[test]
+    fn a_later_life_begins_with_what_was_learned(
+        steps in prop::collection::vec((any::<bool>(), 0..POSITIONS, 0u32..21), 1..100),
+    ) {
+        let mut world = World::new();
+        for (evict, n, pause) in steps {
+            world.now += 1 << pause.min(20);
+            if evict {
+                world.evict();
+            } else {
+                world.request(n, &info(1, 1000, 100));
+            }
+        }
+        world.sage.fit();
+        let bytes = world.sage.save();
+        let mut next = Sage::new(16);
+        let fresh = next.save();
+        prop_assert!(!next.load(&bytes[..bytes.len() - 1]));
+        prop_assert_eq!(&next.save(), &fresh, "bad bytes change nothing");
+        prop_assert!(next.load(&bytes));
+        for class in 0..CLASSES {
+            for bucket in 0..BUCKETS {
+                let (a, b) = (world.sage.hazards.index(ClassId(class as u8), bucket), next.hazards.index(ClassId(class as u8), bucket));
+                prop_assert!((a - b).abs() <= a.abs() * 1e-4, "class {class} bucket {bucket}: {a} became {b}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_ended_goes_before_what_may_come_back_and_what_is_due_soon_goes_last() {
+    let mut world = World::new();
+    world.request(0, &said(1, Some(Hint::DueIn(60_000))));
+    world.now += 500;
+    world.request(CHAIN, &said(2, None));
+    world.now += 500;
+    world.request(2 * CHAIN, &said(3, Some(Hint::Ends)));
+    world.now += 45_000;
+    assert_eq!((world.evict(), world.evict(), world.evict()), (Some(2 * CHAIN), Some(CHAIN), Some(0)));
+}
+
+#[test]
+fn what_several_sessions_use_does_not_end_with_one() {
+    let mut world = World::new();
+    world.request(0, &said(1, None));
+    world.now += 1000;
+    world.request(0, &said(2, Some(Hint::Ends)));
+    let id = world.find(0).unwrap();
+    assert!(matches!(ClassId(world.slab[id].class).sort(), Sort::History { .. }));
+    // The same after it was away.
+    world.evict();
+    world.request(0, &said(2, Some(Hint::Ends)));
+    let id = world.find(0).unwrap();
+    assert!(matches!(ClassId(world.slab[id].class).sort(), Sort::History { .. }));
+    // Without a session nothing is known of who else uses it.
+    world.request(CHAIN, &said(0, Some(Hint::Ends)));
+    let id = world.find(CHAIN).unwrap();
+    assert!(matches!(ClassId(world.slab[id].class).sort(), Sort::History { .. }));
+}
+
+/// A hint between two requests counts for the order at once, and as no access.
+#[test]
+fn a_hint_may_come_between_two_requests() {
+    let mut world = World::new();
+    for n in [0, 1, 2] {
+        world.request(n * CHAIN, &said(u64::from(n) + 1, None));
+        world.now += 1000;
+    }
+    let id = world.find(2 * CHAIN).unwrap();
+    let (uses, last) = (world.slab[id].uses, world.slab[id].last_access);
+    let hint = said(3, Some(Hint::Ends));
+    world.sage.hint(&mut world.slab, id, &hint, Instant(world.now));
+    assert_eq!((world.slab[id].uses, world.slab[id].last_access), (uses, last));
+    world.check();
+    assert_eq!(world.evict(), Some(2 * CHAIN));
+    // Announced for later than others have ever been waited for: counted from its last access.
+    let id = world.find(0).unwrap();
+    world.sage.hint(&mut world.slab, id, &said(1, Some(Hint::DueIn(30_000))), Instant(world.now));
+    let due = ClassId(world.slab[id].class).sort();
+    let waited = world.now - world.slab[id].last_access.0;
+    assert_eq!(due, Sort::Due { noise: 0, due: world.sage.ages.bucket(Duration::from_millis(waited + 30_000)) });
+    world.check();
+}

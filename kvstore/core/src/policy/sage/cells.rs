@@ -15,8 +15,9 @@ use super::hazards::Hazards;
 
 /// All cells.
 pub(super) const CELLS: usize = CLASSES * BUCKETS;
-/// Positions that move on in one call; those that are late go on with the next.
-const MOVES_MAX: u32 = 4096;
+/// Positions of a bucket that move on in one call. The others are late, and go on with the next call: what matters is
+/// that more become old than are evicted.
+const MOVES_MAX: u32 = 256;
 /// A bucket's cells are looked at so many times while a position is in it.
 const LOOKS: u64 = 8;
 
@@ -156,21 +157,18 @@ impl Cells {
 
     /// Moves on those that have grown out of their bucket.
     pub(super) fn age(&mut self, slab: &mut Slab, ranks: &Ranks, ages: &Ages, now: Instant) {
-        let mut moves = 0;
         for bucket in (0..BUCKETS).rev() {
             let Some(end) = ages.end_ms(bucket).filter(|_| self.look[bucket] <= now.0) else { continue };
+            let mut moves = 0;
             for word in 0..CLASS_WORDS {
                 let mut bits = self.classes[bucket][word];
                 while bits != 0 {
                     let class = ClassId((word * 64 + bits.trailing_zeros() as usize) as u8);
                     bits &= bits - 1;
-                    while let Some(id) = self.lists[cell(class, bucket)].front() {
+                    while let Some(id) = self.lists[cell(class, bucket)].front().filter(|_| moves < MOVES_MAX) {
                         let last = slab[id].last_access;
                         if now.0.saturating_sub(last.0) < end {
                             break;
-                        }
-                        if moves == MOVES_MAX {
-                            return;
                         }
                         moves += 1;
                         self.lists[cell(class, bucket)].unlink(slab, id);
@@ -179,7 +177,9 @@ impl Cells {
                     self.note(ranks, class, bucket);
                 }
             }
-            self.look[bucket] = now.0 + (ages.width_ms(bucket) / LOOKS).max(1);
+            if moves < MOVES_MAX {
+                self.look[bucket] = now.0 + (ages.width_ms(bucket) / LOOKS).max(1);
+            }
         }
     }
 

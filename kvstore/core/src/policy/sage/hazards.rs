@@ -17,7 +17,8 @@ const CLASS_PRIOR: f64 = 400.0;
 const COARSE_PRIOR: f64 = 100.0;
 /// Observations that the belief of the first minutes counts as.
 const FIRST_PRIOR: f64 = 10.0;
-/// The belief of the first minutes: a constant chance per bucket, so that the older goes first.
+/// The belief of the first minutes: a constant chance per bucket (of the first, which is wider than the next, six times
+/// as much), so that the older goes first.
 const FIRST_HAZARD: f64 = 0.02;
 /// What is believed of a session that is said to have ended, as a share of the chance of any: it goes before all others
 /// until one was seen to come back.
@@ -141,7 +142,7 @@ impl Hazards {
                 }
             }
         }
-        let whole = whole.hazards(FIRST_PRIOR, |_| FIRST_HAZARD);
+        let whole = whole.hazards(FIRST_PRIOR, |k| if k == 0 { 6.0 * FIRST_HAZARD } else { FIRST_HAZARD });
         let coarse = coarse.map(|seen| seen.hazards(COARSE_PRIOR, |k| whole[k]));
         let ended = ended.map(|seen| seen.hazards(COARSE_PRIOR, |k| whole[k] * ENDED_BELIEF));
         for (class, seen) in observed.iter().enumerate() {

@@ -15,11 +15,11 @@ struct Flags {
 fn run(trace: &Path, flags: &[&str]) -> PolicyReport {
     let trace = trace.display().to_string();
     let all = ["policy", "--trace", &trace].into_iter().chain(flags.iter().copied());
-    measure(&Flags::parse_from(all).policy).unwrap()
+    measure(&Flags::parse_from(all).policy).expect("the trace replays")
 }
 
 fn trace(name: &str) -> Option<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let told = std::env::var_os("KVKEEP_TRACES").map(PathBuf::from);
     let found = told
         .into_iter()
@@ -33,7 +33,7 @@ fn trace(name: &str) -> Option<PathBuf> {
 }
 
 fn hit(report: &PolicyReport, policy: &str, capacity: f64) -> f64 {
-    report.rows.iter().find(|r| r.policy == policy && r.capacity_pct == capacity).unwrap().token_hit
+    report.rows.iter().find(|r| r.policy == policy && r.capacity_pct == capacity).expect("it was asked for").token_hit
 }
 
 fn never_above_belady(report: &PolicyReport) {

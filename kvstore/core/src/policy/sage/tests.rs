@@ -146,7 +146,7 @@ impl World {
             self.sage.calendar.visit(ClassId(class as u8), |_, count| counted += count);
             assert_eq!(counted, *open, "open positions of class {class}");
         }
-        assert_eq!(self.sage.ghosts.len() >= self.ghosts.len(), true);
+        assert!(self.sage.ghosts.len() >= self.ghosts.len());
     }
 }
 

@@ -76,13 +76,13 @@ impl Host {
         self.journal.stats()
     }
 
-    /// Takes nothing more, waits for what was taken (at most [`STOP_PATIENCE`]), and syncs the log, so that the next start
+    /// Takes nothing more, waits for what was taken (at most [`STOP_PATIENCE`]), and closes the log, so that the next start
     /// replays nothing. Blocks. A second call does nothing.
     ///
     /// # Errors
     /// `Poisoned` if the log failed, now or before; `Broken` if a thread panicked.
     pub fn stop(&self) -> Result<()> {
-        if self.join()? { self.journal.sync() } else { Ok(()) }
+        if self.join()? { self.journal.close() } else { Ok(()) }
     }
 
     /// `true` for the caller that joined the threads.

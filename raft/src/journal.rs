@@ -174,6 +174,15 @@ impl Journal {
         Ok(())
     }
 
+    /// The last call of a life: the next start finds everything in its place, and damage of it.
+    ///
+    /// # Errors
+    /// `Poisoned`.
+    pub fn close(&self) -> Result<()> {
+        self.check()?;
+        self.store.close().map_err(|e| self.poisoned("close", &e))
+    }
+
     fn write(&self, changes: &[Change], sync: bool) -> Result<()> {
         self.check()?;
         if !changes.is_empty() {

@@ -58,6 +58,14 @@ pub trait LogStore: Send + Sync {
     /// `Io`; then it is unknown what is durable, and the caller must not write on.
     fn sync(&self) -> Result<()>;
 
+    /// The last call of a life: makes everything durable, in the form in which damage is found best.
+    ///
+    /// # Errors
+    /// `Io`.
+    fn close(&self) -> Result<()> {
+        self.sync()
+    }
+
     /// Visits every key of a table from `from` on, in order, as they were at one moment.
     ///
     /// # Errors

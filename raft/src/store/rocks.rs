@@ -63,6 +63,11 @@ impl LogStore for RocksLog {
         Ok(self.0.sync()?)
     }
 
+    fn close(&self) -> Result<()> {
+        self.0.sync()?;
+        Ok(self.0.flush()?)
+    }
+
     fn scan(&self, table: Table, from: &[u8], visit: &mut Visit<'_>) -> Result<()> {
         Ok(self.0.scan(family(table), from, visit)?)
     }

@@ -65,3 +65,35 @@ impl Store {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use kvkeep_core::{DirectoryLimits, PolicyKind};
+
+    use super::*;
+
+    fn directory() -> Directory {
+        Directory::new(DirectoryLimits::default(), PolicyKind::Sage)
+    }
+
+    /// Written, read, damaged, cut off, absent: only the first begins with anything, and none is an error.
+    #[test]
+    fn a_readable_file_is_read_and_any_other_is_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = path(folder.path());
+        load(folder.path(), &mut directory());
+        let good = directory().learned();
+        write(&path, &good).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), good);
+        assert!(!path.with_extension("new").exists());
+        assert!(directory().load_learned(&fs::read(&path).unwrap()));
+        let mut bad = good.clone();
+        bad[100] ^= 1;
+        for bytes in [&bad[..], &good[..50], b"", b"not this"] {
+            write(&path, bytes).unwrap();
+            let mut fresh = directory();
+            load(folder.path(), &mut fresh);
+            assert_eq!(fresh.learned(), good, "what nothing was learned by");
+        }
+    }
+}

@@ -25,6 +25,8 @@ fn path(data_dir: &Path) -> PathBuf {
 /// Lets a directory begin with what the last life learned.
 pub(super) fn load(data_dir: &Path, directory: &mut Directory) {
     let path = path(data_dir);
+    // Of a write that a crash cut off, mostly not there.
+    let _ = fs::remove_file(path.with_extension("new"));
     let Ok(file) = File::open(&path) else { return };
     let mut bytes = Vec::new();
     let read = file.take(BYTES_MAX).read_to_end(&mut bytes);

@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
 
 use super::Store;
-use super::room::NVME_EVICT_BYTES;
+use super::room::RoomMade;
 
 /// Bytes per permit: the semaphore counts in u32.
 const UNIT: u64 = 4096;
@@ -191,7 +191,9 @@ impl Store {
     ) -> Result<NvmePlace> {
         let durable = wanted == Wanted::Durable;
         let nvme = self.nvme.clone().ok_or_else(no_tier)?;
-        for _ in 0..NVME_TRIES_MAX {
+        let mut tries = 0;
+        while tries < NVME_TRIES_MAX {
+            let made = self.nvme_room.made();
             match nvme.admit(meta.len, if durable { Class::Durable } else { meta.class }) {
                 Admission::Yes => {}
                 // Who asked to keep everything is not dropped for a budget.
@@ -209,8 +211,10 @@ impl Store {
                     ));
                 }
                 Admission::Full => {
-                    if self.evict_nvme(u64::from(meta.len).max(NVME_EVICT_BYTES)).await == 0 {
-                        break;
+                    match self.make_nvme_room(meta.len, made).await {
+                        RoomMade::Here => tries += 1,
+                        RoomMade::Elsewhere => {}
+                        RoomMade::None => break,
                     }
                     continue;
                 }
@@ -224,11 +228,11 @@ impl Store {
                     self.counters.nvme_written_bytes.add(u64::from(meta.len));
                     return Ok(place);
                 }
-                Err(e) if e.kind() == ErrorKind::Full => {
-                    if self.evict_nvme(u64::from(meta.len).max(NVME_EVICT_BYTES)).await == 0 {
-                        break;
-                    }
-                }
+                Err(e) if e.kind() == ErrorKind::Full => match self.make_nvme_room(meta.len, made).await {
+                    RoomMade::Here => tries += 1,
+                    RoomMade::Elsewhere => {}
+                    RoomMade::None => break,
+                },
                 Err(e) => return Err(e),
             }
         }

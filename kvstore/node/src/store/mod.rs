@@ -101,6 +101,7 @@ pub struct Store {
     behind: behind::Behind,
     /// Told when memory was freed, or may have been.
     room: Notify,
+    nvme_room: room::NvmeRoom,
     /// Told when memory was taken.
     pressure: Notify,
     prefetch_queue: Arc<Semaphore>,

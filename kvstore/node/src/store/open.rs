@@ -113,6 +113,7 @@ impl Store {
             ways: Default::default(),
             behind,
             room: Notify::new(),
+            nvme_room: Default::default(),
             pressure: Notify::new(),
             prefetch_queue: Arc::new(Semaphore::new(limits.prefetch_queue_max as usize)),
             prefetch_turns: Semaphore::new(PREFETCH_READS_MAX),

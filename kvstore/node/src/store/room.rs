@@ -4,6 +4,7 @@
 //! that is not is dropped for good. NVMe evicts by the same policy, `durable` excepted.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use kvkeep_core::directory::{Dropped, Victim, VictimPart};
@@ -24,7 +25,31 @@ const READ_ROOM_WAIT_MAX: Duration = Duration::from_millis(500);
 /// Watermarks are looked at so often even when nothing asks.
 const WATERMARK_POLL: Duration = Duration::from_millis(100);
 /// NVMe is evicted in batches of this many bytes: one index batch and one sync for all.
-pub(super) const NVME_EVICT_BYTES: u64 = 16 << 20;
+const NVME_EVICT_BYTES: u64 = 16 << 20;
+
+/// Whose turn it is to evict from NVMe, and how often that made room.
+#[derive(Default)]
+pub(super) struct NvmeRoom {
+    turn: tokio::sync::Mutex<()>,
+    made: AtomicU64,
+}
+
+impl NvmeRoom {
+    /// Evictions that made room until now: read before a write is tried.
+    pub(super) fn made(&self) -> u64 {
+        self.made.load(Ordering::Acquire)
+    }
+}
+
+/// What came of a wish for room on NVMe.
+pub(super) enum RoomMade {
+    /// This caller evicted.
+    Here,
+    /// Another did meanwhile: try again.
+    Elsewhere,
+    /// Nothing may be evicted.
+    None,
+}
 
 impl Store {
     /// A slot for bytes that a client brings. Waits for room until `deadline`.
@@ -191,6 +216,20 @@ impl Store {
                 tokio::task::yield_now().await;
             }
         }
+    }
+
+    /// Makes room on NVMe for a block that found none when so many evictions had `made` some. One evicts at a time: writers
+    /// that all found the device full would else empty it.
+    pub(super) async fn make_nvme_room(&self, len: u32, made: u64) -> RoomMade {
+        let _turn = self.nvme_room.turn.lock().await;
+        if self.nvme_room.made() != made {
+            return RoomMade::Elsewhere;
+        }
+        if self.evict_nvme(u64::from(len).max(NVME_EVICT_BYTES)).await == 0 {
+            return RoomMade::None;
+        }
+        self.nvme_room.made.fetch_add(1, Ordering::Release);
+        RoomMade::Here
     }
 
     /// Frees at least `bytes` of NVMe by policy, or what can be found; answers how many.

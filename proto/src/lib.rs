@@ -1,7 +1,7 @@
 //! The wire of KVKeep: messages and services of `kvkeep/v1`, generated. No logic lives here.
 //!
-//! `types.proto` has the words, `blocks.proto` the verbs of both wires and the gRPC service, `wire.proto` the envelope of
-//! the block protocol, `admin.proto` what operators ask.
+//! `types.proto` has the words, `blocks.proto` the verbs of both wires and the gRPC service, `sessions.proto` sessions,
+//! `wire.proto` the envelope of the block protocol, `admin.proto` what operators ask.
 
 /// Version 1 of the wire.
 #[allow(

@@ -11,6 +11,7 @@ pub mod catalogue_file;
 pub mod cli;
 pub mod config;
 pub mod connection;
+pub mod consensus;
 pub mod counters;
 mod detach;
 pub mod failpoint;

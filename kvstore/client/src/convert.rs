@@ -372,9 +372,10 @@ pub fn format_from_proto(format: Option<v1::Format>) -> Result<Format> {
 // ---------------------------------------------------------------- errors
 
 /// Every kind, for the way back from its word.
-const KINDS: [ErrorKind; 16] = [
+const KINDS: [ErrorKind; 17] = [
     ErrorKind::InvalidArgument,
     ErrorKind::UnknownNamespace,
+    ErrorKind::UnknownSession,
     ErrorKind::FormatMismatch,
     ErrorKind::StaleRevision,
     ErrorKind::WrongSize,
@@ -430,7 +431,7 @@ pub fn hello_required() -> v1::ErrorDetail {
 pub fn status_from_detail(detail: &v1::ErrorDetail) -> tonic::Status {
     let code = match error_kind_from_word(&detail.kind) {
         Some(ErrorKind::InvalidArgument | ErrorKind::WrongSize | ErrorKind::Config) => tonic::Code::InvalidArgument,
-        Some(ErrorKind::UnknownNamespace) => tonic::Code::NotFound,
+        Some(ErrorKind::UnknownNamespace | ErrorKind::UnknownSession) => tonic::Code::NotFound,
         Some(ErrorKind::FormatMismatch | ErrorKind::StaleRevision | ErrorKind::Expired) => {
             tonic::Code::FailedPrecondition
         }

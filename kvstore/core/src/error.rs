@@ -10,6 +10,8 @@ pub enum ErrorKind {
     InvalidArgument,
     /// No such namespace, or not the caller's.
     UnknownNamespace,
+    /// No such session.
+    UnknownSession,
     /// The name is taken by a different format; the context names the fields that differ.
     FormatMismatch,
     /// The handle's revision is not the namespace's.
@@ -46,6 +48,7 @@ impl ErrorKind {
         match self {
             Self::InvalidArgument => "invalid_argument",
             Self::UnknownNamespace => "unknown_namespace",
+            Self::UnknownSession => "unknown_session",
             Self::FormatMismatch => "format_mismatch",
             Self::StaleRevision => "stale_revision",
             Self::WrongSize => "wrong_size",

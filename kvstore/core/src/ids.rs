@@ -112,7 +112,8 @@ impl fmt::Debug for Key {
 
 /// 128-bit keyed hash of (key domain, namespace, revision, key): what the index, placement and the policy work on.
 /// The full key is stored with the data and compared before a byte is served.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
 pub struct Digest([u8; 16]);
 
 impl Digest {

@@ -24,6 +24,7 @@ pub mod holds;
 pub mod ids;
 pub mod lease;
 mod policy;
+pub mod session;
 pub mod size;
 pub mod slot_entry;
 pub mod words;

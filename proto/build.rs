@@ -3,10 +3,8 @@
 use std::{env, error::Error, fs, path::PathBuf};
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let files: Vec<_> = ["types", "blocks", "sessions", "wire", "admin"]
-        .iter()
-        .map(|f| format!("kvkeep/v1/{f}.proto"))
-        .collect();
+    let files: Vec<_> =
+        ["types", "blocks", "sessions", "wire", "admin"].iter().map(|f| format!("kvkeep/v1/{f}.proto")).collect();
     println!("cargo:rerun-if-changed=kvkeep");
     let descriptors = protox::compile(&files, ["."])?;
     let out = PathBuf::from(env::var("OUT_DIR")?);

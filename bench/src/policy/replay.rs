@@ -149,6 +149,7 @@ fn meta() -> BlockMeta {
         key: Key::new(&[1; 32]).expect("32 bytes are a key"),
         version: Version(1),
         class: Class::Cache,
+        keeper: kvkeep_core::words::Keeper::Caller,
         fidelity: Fidelity::Exact,
         position: 0,
         parent: None,

@@ -177,6 +177,7 @@ fn insert(
         key: Key::new(&[1; 32]).expect("a key of 32 bytes"),
         version: Version(1),
         class: Class::Cache,
+        keeper: kvkeep_core::words::Keeper::Caller,
         fidelity: Fidelity::Exact,
         position: 0,
         parent: None,

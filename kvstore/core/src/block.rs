@@ -6,7 +6,7 @@ use std::num::NonZeroU64;
 
 use crate::checksum::ChunkSums;
 use crate::ids::{BlockId, Digest, Handle, Key, TenantId, Version};
-use crate::words::{Class, Fidelity};
+use crate::words::{Class, Fidelity, Keeper};
 
 /// Everything but the payload.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,6 +23,8 @@ pub struct BlockMeta {
     pub version: Version,
     /// At write; the index holds the one that counts.
     pub class: Class,
+    /// On whose word it stays, if it is durable; as with the class, the index holds what counts.
+    pub keeper: Keeper,
     /// Whether the bytes are those of the put.
     pub fidelity: Fidelity,
     /// Index of its position in its chain, 0-based.

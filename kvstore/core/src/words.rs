@@ -67,6 +67,16 @@ words!(
 );
 
 words!(
+    /// On whose word a block stays once it is durable. Ordered by strength.
+    Keeper {
+        /// Kept while the manifest of a session names it; then a sweep takes it.
+        Sessions = 0 => "sessions",
+        /// Its caller asked for it by itself: it stays until it is removed.
+        Caller = 1 => "caller",
+    }
+);
+
+words!(
     /// Whether decoded bytes equal the bytes that were put.
     Fidelity {
         /// Bit for bit.

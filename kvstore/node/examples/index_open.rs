@@ -138,6 +138,7 @@ fn fill(dir: &Path, entries: u64, per_segment: u64) -> Result<()> {
             key: Key::new(&key)?,
             version: Version(dice.next_u64()),
             class: Class::Cache,
+            keeper: kvkeep_core::words::Keeper::Caller,
             fidelity: Fidelity::Exact,
             position: (n % CHAIN) as u32,
             parent: before.filter(|_| n % CHAIN != 0),

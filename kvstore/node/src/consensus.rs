@@ -138,7 +138,9 @@ fn raft_error(e: &kvkeep_raft::Error) -> Error {
         Raft::NotLeader | Raft::Superseded | Raft::Stopped => {
             (ErrorKind::Unavailable, "the change was not taken; try again")
         }
-        Raft::Unknown => (ErrorKind::Unavailable, "the node stopped before the end was seen: the change is made, or not"),
+        Raft::Unknown => {
+            (ErrorKind::Unavailable, "the node stopped before the end was seen: the change is made, or not")
+        }
     };
     Error::new(kind, message).with("cause", e)
 }

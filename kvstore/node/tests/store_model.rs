@@ -126,6 +126,7 @@ impl World {
         let data = bytes(chain, index, writer, self.handle.revision.0);
         let class = if durable { Class::Durable } else { Class::Cache };
         let wish = ReserveWish {
+            keeper: kvkeep_core::words::Keeper::Caller,
             handle: self.handle,
             parent: index.checked_sub(1).map(|before| key(chain, before)),
             first_position: u32::from(index),

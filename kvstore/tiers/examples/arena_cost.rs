@@ -41,6 +41,7 @@ fn meta(n: u64, len: usize, sums: &ChunkSums) -> Result<BlockMeta, Failure> {
         key,
         version: Version(n + 1),
         class: Class::Cache,
+        keeper: kvkeep_core::words::Keeper::Caller,
         fidelity: Fidelity::Exact,
         position: n as u32,
         parent: None,

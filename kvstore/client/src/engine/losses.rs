@@ -34,6 +34,7 @@ impl Miss {
                 | CoreKind::WrongSize
                 | CoreKind::TooLarge
                 | CoreKind::FormatMismatch
+                | CoreKind::UnknownSession
                 | CoreKind::Config => return Err(error),
                 CoreKind::Throttled | CoreKind::Full => {
                     let retry_after = error.retry_after();

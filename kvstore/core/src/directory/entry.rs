@@ -9,7 +9,7 @@
 
 use crate::block::{NvmePlace, SlotRef};
 use crate::ids::{Digest, GroupId, Instant, ShardId, Version};
-use crate::words::{Class, Fidelity, MissReason, Tier};
+use crate::words::{Class, Fidelity, Keeper, MissReason, Tier};
 
 use super::home::HomeId;
 use super::list::Link;
@@ -47,7 +47,7 @@ impl EntryId {
     }
 }
 
-/// Class and fidelity of a part in one byte whose unused values let [`Parts`] stay at 32 bytes.
+/// Class, fidelity and keeper of a part in one byte whose unused values let [`Parts`] stay at 32 bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 enum Grade {
@@ -57,17 +57,22 @@ enum Grade {
     ReplicatedNear = 4,
     DurableExact = 5,
     DurableNear = 6,
+    /// Durable, and kept for sessions only.
+    SessionExact = 7,
+    SessionNear = 8,
 }
 
 impl Grade {
-    fn new(class: Class, fidelity: Fidelity) -> Self {
-        match (class, fidelity) {
-            (Class::Cache, Fidelity::Exact) => Self::CacheExact,
-            (Class::Cache, Fidelity::Near) => Self::CacheNear,
-            (Class::Replicated, Fidelity::Exact) => Self::ReplicatedExact,
-            (Class::Replicated, Fidelity::Near) => Self::ReplicatedNear,
-            (Class::Durable, Fidelity::Exact) => Self::DurableExact,
-            (Class::Durable, Fidelity::Near) => Self::DurableNear,
+    fn new(class: Class, keeper: Keeper, fidelity: Fidelity) -> Self {
+        match (class, keeper, fidelity) {
+            (Class::Cache, _, Fidelity::Exact) => Self::CacheExact,
+            (Class::Cache, _, Fidelity::Near) => Self::CacheNear,
+            (Class::Replicated, _, Fidelity::Exact) => Self::ReplicatedExact,
+            (Class::Replicated, _, Fidelity::Near) => Self::ReplicatedNear,
+            (Class::Durable, Keeper::Caller, Fidelity::Exact) => Self::DurableExact,
+            (Class::Durable, Keeper::Caller, Fidelity::Near) => Self::DurableNear,
+            (Class::Durable, Keeper::Sessions, Fidelity::Exact) => Self::SessionExact,
+            (Class::Durable, Keeper::Sessions, Fidelity::Near) => Self::SessionNear,
         }
     }
 }
@@ -91,10 +96,11 @@ impl Part {
         version: Version,
         len: u32,
         class: Class,
+        keeper: Keeper,
         fidelity: Fidelity,
     ) -> Self {
         let group = u8::try_from(group.0).expect("a checked format has at most 64 groups");
-        Self { version, slot: None, place: None, len, shard, group, grade: Grade::new(class, fidelity) }
+        Self { version, slot: None, place: None, len, shard, group, grade: Grade::new(class, keeper, fidelity) }
     }
 
     pub(crate) fn group(&self) -> GroupId {
@@ -109,19 +115,27 @@ impl Part {
         match self.grade {
             Grade::CacheExact | Grade::CacheNear => Class::Cache,
             Grade::ReplicatedExact | Grade::ReplicatedNear => Class::Replicated,
-            Grade::DurableExact | Grade::DurableNear => Class::Durable,
+            Grade::DurableExact | Grade::DurableNear | Grade::SessionExact | Grade::SessionNear => Class::Durable,
         }
     }
 
     pub(crate) fn fidelity(&self) -> Fidelity {
         match self.grade {
-            Grade::CacheExact | Grade::ReplicatedExact | Grade::DurableExact => Fidelity::Exact,
-            Grade::CacheNear | Grade::ReplicatedNear | Grade::DurableNear => Fidelity::Near,
+            Grade::CacheExact | Grade::ReplicatedExact | Grade::DurableExact | Grade::SessionExact => Fidelity::Exact,
+            Grade::CacheNear | Grade::ReplicatedNear | Grade::DurableNear | Grade::SessionNear => Fidelity::Near,
         }
     }
 
-    pub(crate) fn set_class(&mut self, class: Class) {
-        self.grade = Grade::new(class, self.fidelity());
+    /// On whose word it stays. What is not durable yet was put by a caller.
+    pub(crate) fn keeper(&self) -> Keeper {
+        match self.grade {
+            Grade::SessionExact | Grade::SessionNear => Keeper::Sessions,
+            _ => Keeper::Caller,
+        }
+    }
+
+    pub(crate) fn set_class(&mut self, class: Class, keeper: Keeper) {
+        self.grade = Grade::new(class, keeper, self.fidelity());
     }
 
     pub(crate) fn on(&self, level: Level) -> bool {
@@ -280,6 +294,8 @@ impl Entry {
     pub(crate) const SPARE_LISTED: [u16; 2] = [128, 256];
     /// More than one session has used it.
     pub(crate) const SHARED: u16 = 512;
+    /// A session wants it kept in DRAM, on NVMe.
+    pub(crate) const PINNED: [u16; 2] = [1024, 2048];
 
     pub(crate) fn new(digest: Digest, home: HomeId, position: u32, now: Instant) -> Self {
         Self {

@@ -7,7 +7,8 @@
 //!  ├ slab.rs      entries by id and by digest      ├ spare.rs     window/state parts that go before any leaf
 //!  ├ home.rs      what a handle's entries share    ├ leasing.rs   leases over positions
 //!  ├ list.rs      lists through the entries        ├ matching.rs  the largest usable boundary of a chain
-//!  └ ../policy    the order of eviction            └ upkeep.rs    ttl, stale revisions, views, totals
+//!  ├ ../policy    the order of eviction            ├ upkeep.rs    ttl, stale revisions, views, totals
+//!  └ sessions.rs  pins, and what no manifest names
 //! ```
 //!
 //! **Chains.** An entry names its parent by id. A parent that is not here (its put comes later, as when an index is
@@ -23,6 +24,7 @@ pub(crate) mod home;
 mod leasing;
 pub(crate) mod list;
 mod matching;
+mod sessions;
 pub(crate) mod slab;
 mod spare;
 mod upkeep;
@@ -42,11 +44,12 @@ use crate::format::Format;
 use crate::ids::{BlockId, Digest, GroupId, Handle, Instant, LeaseId, ShardId, Version};
 use crate::lease::{LeaseLimits, LeaseTable, Parting};
 use crate::policy::{self, Policy, sage::GHOSTS_MAX};
-use crate::words::{Class, Fidelity, MissReason, PolicyKind, RequestInfo};
+use crate::words::{Class, Fidelity, Keeper, MissReason, PolicyKind, RequestInfo};
 
 pub use access::{Victim, VictimPart};
 pub use home::Usage;
 pub use matching::{MatchOutcome, Matcher, SLICE};
+pub use sessions::{SessionSlice, Standing};
 pub use upkeep::{PartView, PositionView, StaleSlice};
 
 use entry::{Entry, EntryId, Level, Part};
@@ -108,6 +111,8 @@ pub struct Located {
     pub len: u32,
     /// Reached so far.
     pub class: Class,
+    /// On whose word it stays, if it is durable.
+    pub keeper: Keeper,
     /// Of the bytes.
     pub fidelity: Fidelity,
     /// Its copy in DRAM.
@@ -178,6 +183,8 @@ pub struct Directory {
     /// Times to live, of the few positions that have one.
     expiry: BTreeSet<(Instant, Digest)>,
     expiry_of: HashMap<Digest, Instant>,
+    /// How many sessions want a position kept in DRAM, on NVMe; whether it is here or not. Bounded by who pins.
+    pins: HashMap<Digest, [u32; 2]>,
 }
 
 impl Directory {
@@ -197,6 +204,7 @@ impl Directory {
             trim: List::new(Seat::Trim),
             expiry: BTreeSet::new(),
             expiry_of: HashMap::new(),
+            pins: HashMap::new(),
         }
     }
 
@@ -232,7 +240,7 @@ impl Directory {
                     Placed::Dram(slot) => self.set_slot(&meta.id, meta.version, slot),
                     Placed::Nvme(place) => self.set_nvme(&meta.id, meta.version, place),
                 };
-                self.raise_class(&meta.id, meta.version, meta.class);
+                self.raise_class(&meta.id, meta.version, meta.class, meta.keeper);
                 let exists = Inserted::Exists { version: known.version, class: known.class() };
                 return Ok(if added { Inserted::Stored } else { exists });
             }
@@ -243,7 +251,7 @@ impl Directory {
         }
         let first = self.slab[id].parts.is_empty() && old.is_none();
         self.place_in_chain(id, meta);
-        let mut part = Part::new(group, shard, meta.version, meta.len, meta.class, meta.fidelity);
+        let mut part = Part::new(group, shard, meta.version, meta.len, meta.class, meta.keeper, meta.fidelity);
         match at {
             Placed::Dram(slot) => part.slot = Some(slot),
             Placed::Nvme(place) => part.place = Some(place),
@@ -288,6 +296,7 @@ impl Directory {
             version: p.version,
             len: p.len,
             class: p.class(),
+            keeper: p.keeper(),
             fidelity: p.fidelity(),
             slot: p.slot,
             place: p.place,
@@ -319,14 +328,16 @@ impl Directory {
         self.drop_copy(id, Placed::Nvme(place), reason)
     }
 
-    /// The part has reached a stronger class. `false`: it is gone or another version. Never weakens.
-    pub fn raise_class(&mut self, id: &BlockId, version: Version, class: Class) -> bool {
+    /// The part has reached a stronger class, or a stronger keeper of the same. `false`: it is gone or another version.
+    /// Never weakens.
+    pub fn raise_class(&mut self, id: &BlockId, version: Version, class: Class, keeper: Keeper) -> bool {
         let Some(entry) = self.slab.find(&id.digest) else { return false };
         let Some(part) = self.slab[entry].parts.find_mut(id.group, id.shard).filter(|p| p.version == version) else {
             return false;
         };
-        if class > part.class() {
-            part.set_class(class);
+        let rises = class > part.class() || class == part.class() && keeper > part.keeper();
+        if rises {
+            part.set_class(class, keeper);
             self.after_change(entry, None);
         }
         true
@@ -356,7 +367,9 @@ impl Directory {
 
     fn make_entry(&mut self, digest: Digest, home: HomeId, position: u32, now: Instant) -> EntryId {
         self.homes.enter(home);
-        self.slab.insert(Entry::new(digest, home, position, now))
+        let id = self.slab.insert(Entry::new(digest, home, position, now));
+        self.note_pins(id);
+        id
     }
 
     /// Gives an entry its chain index and its parent, as far as they do not contradict what is known.

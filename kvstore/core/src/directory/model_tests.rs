@@ -285,7 +285,7 @@ impl World {
         let Some(id) = self.part(n, pick) else { return };
         if let Some(p) = self.model.parts.get_mut(&(n, id.group.0, id.shard.0)) {
             p.class = Class::Durable;
-            assert!(self.dir.raise_class(&id, Version(p.version), Class::Durable));
+            assert!(self.dir.raise_class(&id, Version(p.version), Class::Durable, crate::words::Keeper::Caller));
         }
     }
 

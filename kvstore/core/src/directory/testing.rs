@@ -74,6 +74,7 @@ pub(crate) fn meta(id: BlockId, position: u32, parent: Option<u32>) -> BlockMeta
         key: Key::new(b"k").unwrap(),
         version: Version(1),
         class: Class::Cache,
+        keeper: crate::words::Keeper::Caller,
         fidelity: Fidelity::Exact,
         position,
         parent: parent.map(digest),
@@ -149,6 +150,8 @@ pub(crate) fn audit(dir: &Directory) {
         assert!(!e.parts.is_empty() || e.children > 0 || e.leases > 0, "an entry that nothing needs: {e:?}");
         assert_eq!(e.has(Entry::DURABLE), e.class() == Class::Durable);
         assert_eq!(e.has(Entry::EXPIRES), dir.expiry_of.contains_key(&e.digest));
+        let pins = dir.pins.get(&e.digest).copied().unwrap_or_default();
+        assert_eq!(Entry::PINNED.map(|pinned| e.has(pinned)), pins.map(|n| n > 0));
         leased += u32::from(e.leases > 0);
         trim += u32::from(e.has(Entry::TRIM));
         for level in Level::BOTH {

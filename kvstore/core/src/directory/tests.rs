@@ -321,14 +321,14 @@ fn tiers_keep_their_own_leaves() {
 fn a_durable_position_never_leaves_nvme_nor_dram_before_it_is_there() {
     let (mut dir, f) = (directory(), plain());
     put(&mut dir, &f, 0, None, 0, false);
-    assert!(dir.raise_class(&block(0, 0, 0), Version(1), Class::Durable));
-    assert!(!dir.raise_class(&block(0, 0, 0), Version(2), Class::Durable));
+    assert!(dir.raise_class(&block(0, 0, 0), Version(1), Class::Durable, crate::words::Keeper::Caller));
+    assert!(!dir.raise_class(&block(0, 0, 0), Version(2), Class::Durable, crate::words::Keeper::Caller));
     assert_eq!(dir.victim(Tier::Dram, Instant(1)), None, "its only copy");
     assert!(dir.set_nvme(&block(0, 0, 0), Version(1), place(0)));
     assert_eq!(dir.victim(Tier::Nvme, Instant(1)), None);
     assert_eq!(evict(&mut dir, Tier::Dram), Some(0));
     assert_eq!(dir.victim(Tier::Nvme, Instant(1)), None);
-    dir.raise_class(&block(0, 0, 0), Version(1), Class::Cache);
+    dir.raise_class(&block(0, 0, 0), Version(1), Class::Cache, crate::words::Keeper::Caller);
     assert_eq!(dir.view(&digest(0)).unwrap().class, Class::Durable, "a class is never weakened");
 }
 

@@ -1,6 +1,6 @@
 //! Leased positions in DRAM whose turn came: what goes when nothing else is left, if NVMe has them too.
 
-use crate::directory::entry::{EntryId, Level};
+use crate::directory::entry::{Entry, EntryId, Level};
 use crate::directory::list::{List, Seat};
 use crate::directory::slab::Slab;
 
@@ -27,7 +27,11 @@ impl LastResort {
     pub(super) fn victim(&mut self, slab: &mut Slab) -> Option<EntryId> {
         for _ in 0..STEPS.min(self.0.len()) {
             let id = self.0.front()?;
-            if slab[id].resident_children[Level::Dram as usize] == 0 && slab[id].saved() {
+            let e = &slab[id];
+            if e.resident_children[Level::Dram as usize] == 0
+                && e.saved()
+                && !e.has(Entry::PINNED[Level::Dram as usize])
+            {
                 return Some(id);
             }
             self.0.unlink(slab, id);

@@ -22,6 +22,8 @@ pub(crate) enum Obstacle {
     Children,
     /// Somebody was promised that it stays readable.
     Leased,
+    /// A session wants it there.
+    Pinned,
     /// Its class says that it stays on NVMe.
     Durable,
     /// Durable, and not yet on NVMe: DRAM holds its only copy.
@@ -35,6 +37,8 @@ pub(crate) fn obstacle(slab: &Slab, id: EntryId, level: Level) -> Option<Obstacl
     let durable = e.has(Entry::DURABLE);
     if level == Level::Nvme && durable {
         Some(Obstacle::Durable)
+    } else if e.has(Entry::PINNED[level as usize]) {
+        Some(Obstacle::Pinned)
     } else if e.resident_children[level as usize] > 0 {
         Some(Obstacle::Children)
     } else if level == Level::Dram && durable && !e.saved() {

@@ -4,6 +4,7 @@
 //! mod.rs       words and bounds: SessionId, Declared, Session
 //!  ├ manifest.rs  its chain, in runs that forks share
 //!  ├ command.rs   what changes sessions, and what that answers
+//!  ├ text.rs      what a block of token ids holds
 //!  ├ stored.rs    keys and values of a state machine, byte by byte
 //!  └ table.rs     Sessions: the state machine itself
 //! ```
@@ -19,6 +20,7 @@ mod stored;
 pub mod table;
 #[cfg(test)]
 mod tests;
+pub mod text;
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use super::command::{Change, Command, Cut, Outcome};
 use super::stored::{self, Lengths, Piece, corrupt};
 use super::{
-    Declared, MANIFESTS_POSITIONS_MAX, Manifest, POSITIONS_MAX, RUN_POSITIONS, SESSIONS_MAX, Session, SessionId, SessionName,
-    TEXTS_MAX, Text,
+    Declared, MANIFESTS_POSITIONS_MAX, Manifest, POSITIONS_MAX, RUN_POSITIONS, SESSIONS_MAX, Session, SessionId,
+    SessionName, TEXTS_MAX, Text,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::ids::{Digest, NamespaceId, Revision, TenantId};
@@ -239,9 +239,12 @@ impl Sessions {
                 there.parent.as_ref().is_none_or(|(id, at)| id != parent || cut.positions.is_some_and(|n| n != *at))
             };
             if let Some((parent, _)) = from.as_ref().filter(|(parent, cut)| other(parent, cut)) {
-                return Err(Error::new(ErrorKind::Conflict, "the session is there, and not forked from this one there")
-                    .with("session", &name.id)
-                    .with("parent", parent));
+                return Err(Error::new(
+                    ErrorKind::Conflict,
+                    "the session is there, and not forked from this one there",
+                )
+                .with("session", &name.id)
+                .with("parent", parent));
             }
             let mut next = (**there).clone();
             next.open = true;
@@ -255,8 +258,11 @@ impl Sessions {
             return Ok(Outcome::Opened { created: false });
         }
         if self.all.len() >= SESSIONS_MAX {
-            return Err(Error::new(ErrorKind::Full, "as many sessions as a store may have; delete some, or give them a ttl")
-                .with("sessions_max", SESSIONS_MAX));
+            return Err(Error::new(
+                ErrorKind::Full,
+                "as many sessions as a store may have; delete some, or give them a ttl",
+            )
+            .with("sessions_max", SESSIONS_MAX));
         }
         if uid == 0 || self.uids.contains(&uid) {
             return Err(Error::new(ErrorKind::Conflict, "the number drawn for the session is taken; try again")
@@ -354,9 +360,12 @@ impl Sessions {
                 .with("from_token", token));
         }
         if end > POSITIONS_MAX || s.texts.len() + usize::from(text.is_some()) > TEXTS_MAX {
-            return Err(Error::new(ErrorKind::TooLarge, "the session is as long as one may be; fork, or begin another")
-                .with("positions_max", POSITIONS_MAX)
-                .with("appends_with_tokens_max", TEXTS_MAX));
+            return Err(Error::new(
+                ErrorKind::TooLarge,
+                "the session is as long as one may be; fork, or begin another",
+            )
+            .with("positions_max", POSITIONS_MAX)
+            .with("appends_with_tokens_max", TEXTS_MAX));
         }
         self.room(digests.len() as u64)?;
         self.change(name, now_ms, writes, |s, writes| {

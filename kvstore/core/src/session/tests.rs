@@ -200,14 +200,8 @@ fn pins_of_a_tenant_are_bounded() {
 fn a_time_to_live_counts_from_the_last_change() {
     let mut m = Machine::default();
     let declared = Declared { ttl_ms: 1000, ..Declared::default() };
-    let open = Command::Open {
-        name: name(0),
-        tenant: TenantId(0),
-        revision: Revision(1),
-        uid: 5,
-        declared,
-        from: None,
-    };
+    let open =
+        Command::Open { name: name(0), tenant: TenantId(0), revision: Revision(1), uid: 5, declared, from: None };
     m.apply(open).unwrap();
     m.now_ms = 900;
     m.append(0, 0, 1, None).unwrap();

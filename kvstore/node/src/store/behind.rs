@@ -11,7 +11,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use kvkeep_core::directory::Directory;
-use kvkeep_core::{BlockId, BlockMeta, Class, Error, ErrorKind, NvmePlace, Result, SlotRef};
+use kvkeep_core::{BlockId, BlockMeta, Class, Error, ErrorKind, Handle, Keeper, NvmePlace, Result, SlotRef};
 use kvkeep_tiers::nvme::{Admission, BlockCopy};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
@@ -173,7 +173,7 @@ impl Store {
             let mut directory = self.directory.lock();
             // The copy and its class at once: in between it could be evicted.
             if directory.set_nvme(&meta.id, meta.version, place) {
-                directory.raise_class(&meta.id, meta.version, meta.class);
+                directory.raise_class(&meta.id, meta.version, meta.class, meta.keeper);
                 return Ok(());
             }
         }
@@ -246,22 +246,21 @@ impl Store {
     }
 
     /// Raises a stored block to durable: from its NVMe copy if it has one, else from DRAM.
-    pub(super) async fn make_durable(self: &Arc<Self>, wanted: &BlockMeta) -> Result<()> {
+    pub(super) async fn make_durable(self: &Arc<Self>, handle: Handle, id: BlockId, keeper: Keeper) -> Result<()> {
         let nvme = self.nvme.clone().ok_or_else(no_tier)?;
         let gone = || Error::new(ErrorKind::Expired, "the block left before its class was raised; put it again");
-        let id = wanted.id;
         let _claim = self.behind.claim(id).await;
         let locate = |directory: &Directory| directory.locate(&id.digest, id.group, id.shard).ok_or_else(gone);
         let found = locate(&self.directory.lock())?;
         if let Some(place) = found.place {
-            let copy = BlockCopy { handle: wanted.handle, id, place };
-            nvme.set_class(&[copy], Class::Durable).await?;
-            let entries = self.index_entries(vec![(wanted.handle, id)]).await;
+            let copy = BlockCopy { handle, id, place };
+            nvme.set_class(&[copy], Class::Durable, keeper).await?;
+            let entries = self.index_entries(vec![(handle, id)]).await;
             let durable = entries.iter().any(|e| e.place == place && e.class == Class::Durable);
             // Nobody hears `durable` before the device has it; and a copy that was evicted meanwhile does not count.
             let mut directory = self.directory.lock();
             let stayed = durable && locate(&directory)?.place == Some(place);
-            return if stayed && directory.raise_class(&id, found.version, Class::Durable) {
+            return if stayed && directory.raise_class(&id, found.version, Class::Durable, keeper) {
                 Ok(())
             } else {
                 Err(gone())
@@ -269,7 +268,7 @@ impl Store {
         }
         let slot = found.slot.ok_or_else(gone)?;
         let mut meta = self.arena.pin(slot).ok_or_else(gone)?.meta()?;
-        meta.class = Class::Durable;
+        (meta.class, meta.keeper) = (Class::Durable, keeper);
         self.write_down(&meta, slot, Wanted::Durable).await
     }
 }

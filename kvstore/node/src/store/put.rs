@@ -12,8 +12,8 @@ use kvkeep_core::catalogue::Namespace;
 use kvkeep_core::checksum::RunningSums;
 use kvkeep_core::directory::{Inserted, Placed, RemovedPart};
 use kvkeep_core::{
-    BlockId, BlockMeta, ChunkSums, Class, Digest, Error, ErrorKind, Fidelity, Format, GroupId, Handle, InstanceId, Key,
-    LeaseId, MissReason, NvmePlace, RequestInfo, Result, ShardId, SlotRef, TenantId, Tier, Version,
+    BlockId, BlockMeta, ChunkSums, Class, Digest, Error, ErrorKind, Fidelity, Format, GroupId, Handle, InstanceId,
+    Keeper, Key, LeaseId, MissReason, NvmePlace, RequestInfo, Result, ShardId, SlotRef, TenantId, Tier, Version,
 };
 use kvkeep_tiers::nvme::BlockCopy;
 
@@ -68,6 +68,8 @@ pub struct ReserveWish {
     pub unordered: bool,
     /// To acknowledge at.
     pub class: Class,
+    /// On whose word it then stays.
+    pub keeper: Keeper,
     /// Of the bytes.
     pub fidelity: Fidelity,
     /// Back-pressure wins over dropping.
@@ -259,7 +261,9 @@ impl Store {
         let mut upgrade = false;
         let found = self.directory.lock().locate(&id.digest, id.group, id.shard);
         if let Some(found) = found.filter(|f| f.fidelity <= wish.fidelity) {
-            if found.class >= wish.class {
+            // A block that only sessions keep, and that this caller wants for itself, is raised like any other.
+            let stands = found.class > wish.class || found.class == wish.class && found.keeper >= wish.keeper;
+            if stands {
                 let tier = if found.slot.is_some() { Tier::Dram } else { Tier::Nvme };
                 return Ok(PartAnswer::Present { tier, class: found.class, version: found.version });
             }
@@ -279,6 +283,7 @@ impl Store {
                 key: position.key.clone(),
                 version: self.new_version(),
                 class: wish.class,
+                keeper: wish.keeper,
                 fidelity: wish.fidelity,
                 position: site.index,
                 parent: site.parent,
@@ -449,9 +454,9 @@ impl Store {
         let gone = || Error::new(ErrorKind::Expired, "the block left before its class was raised; put it again");
         let found = self.directory.lock().locate(&id.digest, id.group, id.shard).ok_or_else(gone)?;
         if reservation.class == Class::Durable {
-            self.make_durable(&reservation.meta).await?;
+            self.make_durable(reservation.meta.handle, id, reservation.meta.keeper).await?;
         }
-        if !self.directory.lock().raise_class(&id, found.version, reservation.class) {
+        if !self.directory.lock().raise_class(&id, found.version, reservation.class, reservation.meta.keeper) {
             return Err(gone());
         }
         Ok(Committed { version: found.version, class: reservation.class, superseded: false })

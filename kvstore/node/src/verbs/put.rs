@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvkeep_client::convert;
-use kvkeep_core::{Error, ErrorKind, GroupId, Key, ShardId};
+use kvkeep_core::{Error, ErrorKind, GroupId, Keeper, Key, ShardId};
 use kvkeep_proto::v1;
 
 use super::{Answer, Call, Refusal, Verbs, narrow};
@@ -100,6 +100,7 @@ fn reserve_wish(wish: v1::ReserveRequest) -> Result<ReserveWish, Error> {
         positions,
         unordered: wish.unordered,
         class: convert::class_from_proto(wish.class)?,
+        keeper: Keeper::Caller,
         fidelity: convert::fidelity_from_proto(wish.fidelity)?,
         keep: convert::retention_from_proto(wish.retention)? == convert::Retention::Keep,
         bytes_max: wish.bytes_max,

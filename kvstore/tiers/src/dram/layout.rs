@@ -235,6 +235,7 @@ pub(super) fn decode_entry(entry: &[u8], nonce: u64, unit: u32, slot_bytes: u64)
         key: Key::new(&entry[88..88 + key_len]).ok()?,
         version: Version(u64_at(entry, 32)?),
         class: Class::from_code(entry[48])?,
+        keeper: kvkeep_core::words::Keeper::Caller,
         fidelity: Fidelity::from_code(entry[49])?,
         position: u32_at(entry, 40)?,
         parent: if entry[51] == 1 { Some(Digest::from_slice(&entry[72..88]).ok()?) } else { None },

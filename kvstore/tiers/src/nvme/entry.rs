@@ -4,7 +4,7 @@ use kvkeep_core::block::{BlockMeta, NvmePlace};
 use kvkeep_core::checksum::ChunkSums;
 use kvkeep_core::format::BLOCK_BYTES_MAX;
 use kvkeep_core::ids::{BlockId, Digest, GroupId, Handle, Key, NamespaceId, Revision, ShardId, TenantId, Version};
-use kvkeep_core::words::{Class, Fidelity};
+use kvkeep_core::words::{Class, Fidelity, Keeper};
 
 use super::header::Shape;
 use super::place::{Extent, Place, Sequence, tag_of};
@@ -76,7 +76,7 @@ pub struct Heat {
 /// |   48 |   16 | digest of the parent; zeros where there is none           |
 /// |   64 |    4 | accesses                                                  |
 /// |   68 |    4 | age, seconds                                              |
-/// |   72 |    1 | flags: 1 = has a parent                                   |
+/// |   72 |    1 | flags: 1 = has a parent, 2 = kept for sessions only       |
 /// |   73 |    7 | zeros                                                     |
 /// |   80 |  1.. | key                                                       |
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -93,6 +93,8 @@ pub struct IndexEntry {
     pub version: Version,
     /// The class that counts.
     pub class: Class,
+    /// On whose word it stays, if it is durable.
+    pub keeper: Keeper,
     /// Whether the bytes are those of the put.
     pub fidelity: Fidelity,
     /// Index of its position in its chain.
@@ -111,6 +113,7 @@ pub struct IndexEntry {
 
 const FIXED_BYTES: usize = 80;
 const FLAG_PARENT: u8 = 1;
+const FLAG_SESSIONS: u8 = 2;
 
 /// Why a value is not an entry that may be believed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -136,6 +139,7 @@ impl IndexEntry {
             key: self.key.clone(),
             version: self.version,
             class: self.class,
+            keeper: self.keeper,
             fidelity: self.fidelity,
             position: self.position,
             parent: self.parent,
@@ -153,6 +157,7 @@ impl IndexEntry {
             key: meta.key.clone(),
             version: meta.version,
             class,
+            keeper: meta.keeper,
             fidelity: meta.fidelity,
             position: meta.position,
             parent: meta.parent,
@@ -190,7 +195,9 @@ impl IndexEntry {
         v.extend(self.parent.map_or([0; 16], |p| *p.as_bytes()));
         v.extend(self.heat.accesses.to_le_bytes());
         v.extend(self.heat.age_s.to_le_bytes());
-        v.extend([if self.parent.is_some() { FLAG_PARENT } else { 0 }]);
+        let parent = if self.parent.is_some() { FLAG_PARENT } else { 0 };
+        let sessions = if self.keeper == Keeper::Sessions { FLAG_SESSIONS } else { 0 };
+        v.extend([parent | sessions]);
         v.extend([0; 7]);
         debug_assert_eq!(v.len(), FIXED_BYTES);
         v.extend(key);
@@ -239,6 +246,7 @@ impl IndexEntry {
             key: Key::new(key).map_err(|_| Field("key length"))?,
             version: Version(u64_at(24)),
             class: Class::from_code(fixed[1]).ok_or(Field("class"))?,
+            keeper: if fixed[72] & FLAG_SESSIONS == 0 { Keeper::Caller } else { Keeper::Sessions },
             fidelity: Fidelity::from_code(fixed[2]).ok_or(Field("fidelity"))?,
             position: u32_at(44),
             parent: (fixed[72] & FLAG_PARENT != 0).then_some(parent),

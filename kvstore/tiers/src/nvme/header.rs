@@ -254,6 +254,7 @@ impl Header {
             key,
             version: Version(r.u64(32)),
             class: Class::from_code(fixed[22]).ok_or(Field("class"))?,
+            keeper: kvkeep_core::words::Keeper::Caller,
             fidelity: Fidelity::from_code(fixed[23]).ok_or(Field("fidelity"))?,
             position: r.u32(72),
             parent: (fixed[11] & FLAG_PARENT != 0).then(|| r.digest(88)),

@@ -9,7 +9,7 @@ use kvkeep_core::block::{BlockMeta, NvmePlace};
 use kvkeep_core::error::{Error, ErrorKind, Result};
 use kvkeep_core::format::BLOCK_BYTES_MAX;
 use kvkeep_core::ids::{BlockId, Handle};
-use kvkeep_core::words::Class;
+use kvkeep_core::words::{Class, Keeper};
 
 use super::config::SyncPoint;
 use super::entry::{Heat, IndexEntry, index_key};
@@ -204,12 +204,12 @@ impl NvmeStore {
         self.writer.ask(|done| Op::Free { copies: copies.to_vec(), done }).await
     }
 
-    /// Raises the class of copies; never lowers one. For `durable` the blocks and the index are durable before the answer.
+    /// Raises the class of copies, or the keeper of the same class; never lowers one. For `durable` the blocks and the index are durable before the answer.
     /// Answers how many rose: a copy that is gone, or had the class already, is not counted.
     ///
     /// # Errors
     /// `Io` if the device or the index failed.
-    pub async fn set_class(&self, copies: &[BlockCopy], class: Class) -> Result<u64> {
+    pub async fn set_class(&self, copies: &[BlockCopy], class: Class, keeper: Keeper) -> Result<u64> {
         if class == Class::Durable && self.shared.config.sync_plan.runs(SyncPoint::ClassFlush) {
             let segments: BTreeSet<SegmentNo> =
                 copies.iter().filter_map(|c| super::place::Place::unpack(c.place)).map(|p| p.segment).collect();
@@ -217,7 +217,7 @@ impl NvmeStore {
                 self.flush_segment(segment).await?;
             }
         }
-        self.writer.ask(|done| Op::Raise { copies: copies.to_vec(), class, done }).await
+        self.writer.ask(|done| Op::Raise { copies: copies.to_vec(), class, keeper, done }).await
     }
 
     /// Writes down what the policy knows, so that it survives a restart roughly. Not synced.

@@ -8,7 +8,7 @@ use std::thread;
 use kvkeep_core::block::NvmePlace;
 use kvkeep_core::error::{Error, ErrorKind, Result};
 use kvkeep_core::ids::{BlockId, Handle};
-use kvkeep_core::words::Class;
+use kvkeep_core::words::{Class, Keeper};
 use tokio::sync::{mpsc, oneshot};
 
 use super::config::SyncPoint;
@@ -61,6 +61,7 @@ pub(crate) enum Op {
     Raise {
         copies: Vec<BlockCopy>,
         class: Class,
+        keeper: Keeper,
         done: Done<u64>,
     },
     Heat {
@@ -192,8 +193,8 @@ impl<'a> Group<'a> {
                 let result = self.each(&copies, Self::free);
                 self.answer(result, done, true);
             }
-            Op::Raise { copies, class, done } => {
-                let result = self.each(&copies, |group, entry| group.raise(entry, class));
+            Op::Raise { copies, class, keeper, done } => {
+                let result = self.each(&copies, |group, entry| group.raise(entry, class, keeper));
                 self.answer(result, done, class == Class::Durable);
             }
             Op::Heat { heats, done } => {
@@ -293,7 +294,7 @@ impl<'a> Group<'a> {
             if old.class == Class::Durable && !durable {
                 return Ok(Inserted::FlushFirst);
             }
-            entry.class = entry.class.max(old.class);
+            (entry.class, entry.keeper) = (entry.class, entry.keeper).max((old.class, old.keeper));
             // The old copy must be gone for good before its extent is written again.
             self.synced.push(Effect::Release(old.extent()));
             self.written.push(Effect::Gone(old));
@@ -315,13 +316,13 @@ impl<'a> Group<'a> {
         true
     }
 
-    fn raise(&mut self, entry: IndexEntry, class: Class) -> bool {
+    fn raise(&mut self, entry: IndexEntry, class: Class, keeper: Keeper) -> bool {
         if class == Class::Durable {
             self.sync_for(SyncPoint::ClassSync);
         }
-        let rises = entry.class < class;
+        let rises = (entry.class, entry.keeper) < (class, keeper);
         if rises {
-            self.put(&IndexEntry { class, ..entry });
+            self.put(&IndexEntry { class: class.max(entry.class), keeper, ..entry });
         }
         rises
     }

@@ -56,6 +56,7 @@ pub fn meta(n: u64, tenant: TenantId, bytes: &[u8]) -> BlockMeta {
         key,
         version: Version(n + 1),
         class: if n.is_multiple_of(2) { Class::Cache } else { Class::Durable },
+        keeper: kvkeep_core::words::Keeper::Caller,
         fidelity: Fidelity::Exact,
         position: n as u32,
         parent: (!n.is_multiple_of(4)).then(|| digest(n - 1)),

@@ -67,7 +67,10 @@ async fn a_failed_flush_ends_writing_and_not_reading() {
         durable(3).put(&store).await.map(drop),
         block(4, 1, 1000, Class::Cache).put(&store).await.map(drop),
         store.free(&[durable(1).copy_at(place)]).await.map(drop),
-        store.set_class(&[durable(1).copy_at(place)], Class::Durable).await.map(drop),
+        store
+            .set_class(&[durable(1).copy_at(place)], Class::Durable, kvkeep_core::words::Keeper::Caller)
+            .await
+            .map(drop),
         store.flush_all().await,
     ] {
         let e = refused.unwrap_err();

@@ -23,6 +23,7 @@ fn golden() -> Header {
             key: Key::new(b"the key of an engine").unwrap(),
             version: Version(0x1112_1314_1516_1718),
             class: Class::Durable,
+            keeper: kvkeep_core::words::Keeper::Caller,
             fidelity: Fidelity::Near,
             position: 0x191a_1b1c,
             parent: Some(Digest::from_slice(b"fedcba9876543210").unwrap()),

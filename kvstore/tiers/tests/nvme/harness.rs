@@ -44,6 +44,7 @@ pub fn block(n: u32, version: u64, len: u32, class: Class) -> Block {
         key: Key::new(&key).unwrap(),
         version: Version(version),
         class,
+        keeper: kvkeep_core::words::Keeper::Caller,
         fidelity: Fidelity::Exact,
         position: n,
         parent: None,

@@ -129,7 +129,13 @@ impl Model {
             Step::Class { n, class } => {
                 if let Some(s) = self.now.get(&n).cloned() {
                     let rises = class > s.class;
-                    assert_eq!(store.set_class(&[s.block.copy_at(s.place)], class).await.unwrap(), u64::from(rises));
+                    assert_eq!(
+                        store
+                            .set_class(&[s.block.copy_at(s.place)], class, kvkeep_core::words::Keeper::Caller)
+                            .await
+                            .unwrap(),
+                        u64::from(rises)
+                    );
                     let safe = s.safe || class == Class::Durable;
                     let next = Stored { class: s.class.max(class), safe, ..s };
                     self.now.insert(n, next.clone());

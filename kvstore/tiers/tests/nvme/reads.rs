@@ -123,7 +123,7 @@ async fn a_cache_block_torn_by_a_cut_is_a_miss_without_quarantine() {
         // The index survives: a durable block elsewhere syncs it.
         let other = block(2, 1, 1, Class::Cache);
         let at = other.put(&store).await.unwrap();
-        store.set_class(&[other.copy_at(at)], Class::Replicated).await.unwrap();
+        store.set_class(&[other.copy_at(at)], Class::Replicated, kvkeep_core::words::Keeper::Caller).await.unwrap();
         rig.disk = rig.disk.cut(seed);
         drop(store);
         let store = rig.open();

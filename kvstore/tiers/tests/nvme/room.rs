@@ -90,7 +90,7 @@ async fn a_copy_is_freed_once() {
     let copy = b.copy_at(place);
     assert_eq!(store.free(&[copy, copy]).await.unwrap(), 1);
     assert_eq!(store.free(&[copy]).await.unwrap(), 0);
-    assert_eq!(store.set_class(&[copy], Class::Durable).await.unwrap(), 0);
+    assert_eq!(store.set_class(&[copy], Class::Durable, kvkeep_core::words::Keeper::Caller).await.unwrap(), 0);
     check(&store);
 }
 

@@ -55,7 +55,7 @@ async fn a_class_that_rises_flushes_the_device() {
         let store = rig.open();
         let b = block(1, 1, 50_000, Class::Cache);
         let place = b.put(&store).await.unwrap();
-        store.set_class(&[b.copy_at(place)], Class::Durable).await.unwrap();
+        store.set_class(&[b.copy_at(place)], Class::Durable, kvkeep_core::words::Keeper::Caller).await.unwrap();
         rig.cut(store, seed);
         matches!(b.get(&rig.open(), place).await, Read::Ok { .. })
     })
@@ -68,7 +68,7 @@ async fn a_class_that_rises_syncs_the_index() {
         let store = rig.open();
         let b = block(1, 1, 50_000, Class::Cache);
         let place = b.put(&store).await.unwrap();
-        store.set_class(&[b.copy_at(place)], Class::Durable).await.unwrap();
+        store.set_class(&[b.copy_at(place)], Class::Durable, kvkeep_core::words::Keeper::Caller).await.unwrap();
         rig.cut(store, seed);
         b.entry(&rig.open()).is_some_and(|e| e.class == Class::Durable)
     })

@@ -100,6 +100,7 @@ impl Node {
             key: Key::new(b"k").unwrap(),
             version: Version(1),
             class: Class::Cache,
+            keeper: kvkeep_core::words::Keeper::Caller,
             fidelity: Fidelity::Exact,
             position: 0,
             parent: None,

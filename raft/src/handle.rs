@@ -147,6 +147,11 @@ impl GroupHandle {
         self.shared.applied.load(Ordering::Acquire)
     }
 
+    /// Why the group takes nothing more, if it has failed.
+    pub fn failure(&self) -> Option<Error> {
+        self.shared.failed.get().cloned()
+    }
+
     /// Proposes a command. The answer comes when it is committed and applied: it is durable then.
     ///
     /// # Errors

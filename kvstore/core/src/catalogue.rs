@@ -1,9 +1,10 @@
 //! What a store must remember beside blocks: its digest secret, its tenants, its namespaces and their revisions.
 //!
-//! A deterministic state machine: the same commands in the same order make the same catalogue, on one node today and on
-//! every voter of group 0 later. It reads no clock and draws no random number; the secret is given when it is made.
+//! Deterministic: the same commands in the same order make the same catalogue, on one node today and on every voter of raft
+//! group 0 later. It reads no clock and draws no random number; the secret is given when it is made. Who keeps it, and how a
+//! command comes to all, is not its business: it is taken apart ([`Catalogue::parts`]) and put together again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -18,25 +19,8 @@ pub const NAMESPACES_PER_TENANT_MAX: usize = 1024;
 /// Name of tenant 0, which every store has.
 pub const DEFAULT_TENANT: &str = "default";
 
-/// Version of the snapshot's layout; another one is refused.
-const SNAPSHOT_VERSION: u32 = 1;
-
-/// A deterministic state machine, as a replicated log drives it.
-pub trait StateMachine: Sized {
-    /// What changes it.
-    type Command;
-    /// What a command answers.
-    type Outcome;
-
-    /// Applies one command. An error leaves the state as it was, and is as deterministic as an outcome.
-    fn apply(&mut self, command: Self::Command) -> Result<Self::Outcome>;
-
-    /// The whole state, as [`StateMachine::restore`] reads it.
-    fn snapshot(&self) -> Vec<u8>;
-
-    /// Back from a snapshot. Refuses one that is damaged or of another version.
-    fn restore(snapshot: &[u8]) -> Result<Self>;
-}
+/// Version of the layout that [`Parts::from_old_file`] reads; another one is refused.
+const OLD_FILE_VERSION: u32 = 1;
 
 /// A registered (tenant, format, name) and the revision of its weights.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -68,7 +52,7 @@ impl Namespace {
 
 /// What changes a catalogue.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Command {
     /// Makes the tenant unless it is there.
     EnsureTenant {
@@ -121,6 +105,49 @@ pub struct Registered {
     pub revision_matches: bool,
 }
 
+/// All of a catalogue, as it is kept. [`Catalogue::from_parts`] checks it as a whole.
+#[derive(Clone, Debug)]
+pub struct Parts {
+    /// What keys the store's digests.
+    pub secret: DigestKey,
+    /// The number that the next namespace is given.
+    pub next_namespace: u32,
+    /// Names of tenants; index = tenant id.
+    pub tenants: Vec<String>,
+    /// In any order.
+    pub namespaces: Vec<Namespace>,
+}
+
+impl Parts {
+    /// From the file in which a catalogue was kept before it came into a raft group: JSON, `version` first. Read once more,
+    /// when such a store moves over.
+    pub fn from_old_file(json: &[u8]) -> Result<Self> {
+        let s: OldFile = serde_json::from_slice(json).map_err(|e| corrupt("it cannot be read").with("cause", e))?;
+        if s.version != OLD_FILE_VERSION {
+            return Err(corrupt("it is of another version").with("version", s.version));
+        }
+        Ok(Self {
+            secret: DigestKey::from_bytes(s.secret),
+            next_namespace: s.next_namespace,
+            tenants: s.tenants,
+            namespaces: s.namespaces,
+        })
+    }
+}
+
+#[derive(Deserialize)]
+struct OldFile {
+    version: u32,
+    secret: [u8; 16],
+    tenants: Vec<String>,
+    next_namespace: u32,
+    namespaces: Vec<Namespace>,
+}
+
+fn corrupt(why: &'static str) -> Error {
+    Error::new(ErrorKind::Corrupt, "the catalogue is not what was written").with("why", why)
+}
+
 /// Tenants, namespaces and the digest secret of one store.
 #[derive(Clone, Debug)]
 pub struct Catalogue {
@@ -147,6 +174,42 @@ impl Catalogue {
         }
     }
 
+    /// Back from what [`Catalogue::parts`] gave. Refuses parts that contradict each other.
+    pub fn from_parts(parts: Parts) -> Result<Self> {
+        let Parts { secret, next_namespace, tenants, namespaces } = parts;
+        if tenants.first().map(String::as_str) != Some(DEFAULT_TENANT) {
+            return Err(corrupt("the default tenant is missing"));
+        }
+        if tenants.iter().collect::<BTreeSet<_>>().len() != tenants.len() {
+            return Err(corrupt("two tenants have one name"));
+        }
+        let mut catalogue = Self { tenants, next_namespace, ..Self::new(secret) };
+        for n in namespaces {
+            let fits = n.id.0 < catalogue.next_namespace
+                && catalogue.tenant_name(n.tenant).is_some()
+                && n.format.fingerprint() == n.fingerprint
+                && n.format.validate().is_ok();
+            let place = (n.tenant, n.name.clone());
+            if !fits
+                || catalogue.by_name.insert(place, n.id).is_some()
+                || catalogue.namespaces.insert(n.id, n).is_some()
+            {
+                return Err(corrupt("a namespace contradicts the rest"));
+            }
+        }
+        Ok(catalogue)
+    }
+
+    /// All of it, to be kept.
+    pub fn parts(&self) -> Parts {
+        Parts {
+            secret: self.secret,
+            next_namespace: self.next_namespace,
+            tenants: self.tenants.clone(),
+            namespaces: self.namespaces.values().cloned().collect(),
+        }
+    }
+
     /// What keys this store's digests.
     pub fn digest_key(&self) -> DigestKey {
         self.secret
@@ -160,6 +223,11 @@ impl Catalogue {
     /// The tenant's name.
     pub fn tenant_name(&self, id: TenantId) -> Option<&str> {
         self.tenants.get(id.0 as usize).map(String::as_str)
+    }
+
+    /// The number that the next namespace is given.
+    pub fn next_namespace(&self) -> u32 {
+        self.next_namespace
     }
 
     /// A namespace by number, whoever's it is. Requests go through [`Catalogue::check`].
@@ -186,17 +254,82 @@ impl Catalogue {
         self.namespaces.get(&handle.namespace).is_some_and(|n| n.revision == handle.revision)
     }
 
-    fn ensure_tenant(&mut self, name: String) -> Result<TenantId> {
-        check_text("tenant", &name)?;
-        if let Some(id) = self.tenant(&name) {
-            return Ok(id);
+    /// What a command comes to where it changes nothing: somebody asked for what already is. `None` where it would change
+    /// something; an error where the rules refuse it.
+    pub fn answer(&self, command: &Command) -> Result<Option<Outcome>> {
+        match command {
+            Command::EnsureTenant { name } => self.find_tenant(name).map(|found| found.map(Outcome::Tenant)),
+            Command::RegisterNamespace { tenant, name, format, revision_digest, .. } => {
+                self.find_namespace(*tenant, name, format, revision_digest).map(|found| found.map(Outcome::Registered))
+            }
+            Command::AdvanceRevision { tenant, from, revision_digest } => {
+                self.find_revision(*tenant, *from, revision_digest).map(|found| found.map(Outcome::Advanced))
+            }
         }
-        if self.tenants.len() >= TENANTS_MAX {
+    }
+
+    /// Applies one command. An error leaves the catalogue as it was, and is as deterministic as an outcome.
+    pub fn apply(&mut self, command: Command) -> Result<Outcome> {
+        if let Some(known) = self.answer(&command)? {
+            return Ok(known);
+        }
+        match command {
+            Command::EnsureTenant { name } => {
+                self.tenants.push(name);
+                Ok(Outcome::Tenant(TenantId(self.tenants.len() as u32 - 1)))
+            }
+            Command::RegisterNamespace { tenant, name, format, revision_digest, require_full } => {
+                self.register(tenant, name, format, revision_digest, require_full).map(Outcome::Registered)
+            }
+            Command::AdvanceRevision { from, revision_digest, .. } => {
+                self.advance(from, revision_digest).map(Outcome::Advanced)
+            }
+        }
+    }
+
+    fn find_tenant(&self, name: &str) -> Result<Option<TenantId>> {
+        check_text("tenant", name)?;
+        let found = self.tenant(name);
+        if found.is_none() && self.tenants.len() >= TENANTS_MAX {
             return Err(Error::new(ErrorKind::TooLarge, "the store has as many tenants as it may have")
                 .with("tenants_max", TENANTS_MAX));
         }
-        self.tenants.push(name);
-        Ok(TenantId(self.tenants.len() as u32 - 1))
+        Ok(found)
+    }
+
+    fn find_namespace(
+        &self,
+        tenant: TenantId,
+        name: &str,
+        format: &Format,
+        revision_digest: &str,
+    ) -> Result<Option<Registered>> {
+        if self.tenant_name(tenant).is_none() {
+            return Err(Error::new(ErrorKind::InvalidArgument, "no such tenant").with("tenant", tenant));
+        }
+        check_text("name", name)?;
+        check_text("revision_digest", revision_digest)?;
+        format.validate()?;
+        let place = (tenant, name.to_owned());
+        if let Some(known) = self.by_name.get(&place).and_then(|id| self.namespaces.get(id)) {
+            let differing = known.format.differences(format);
+            if !differing.is_empty() {
+                return Err(Error::new(ErrorKind::FormatMismatch, "this name is taken by a different format")
+                    .with("namespace", &known.name)
+                    .with("fields", differing.join(",")));
+            }
+            return Ok(Some(Registered {
+                handle: known.handle(),
+                created: false,
+                revision_matches: known.revision_digest == revision_digest,
+            }));
+        }
+        let owned = self.by_name.range((tenant, String::new())..).take_while(|((of, _), _)| *of == tenant).count();
+        if owned >= NAMESPACES_PER_TENANT_MAX {
+            return Err(Error::new(ErrorKind::TooLarge, "the tenant has as many namespaces as it may have")
+                .with("namespaces_per_tenant_max", NAMESPACES_PER_TENANT_MAX));
+        }
+        Ok(None)
     }
 
     fn register(
@@ -207,31 +340,6 @@ impl Catalogue {
         revision_digest: String,
         require_full: bool,
     ) -> Result<Registered> {
-        if self.tenant_name(tenant).is_none() {
-            return Err(Error::new(ErrorKind::InvalidArgument, "no such tenant").with("tenant", tenant));
-        }
-        check_text("name", &name)?;
-        check_text("revision_digest", &revision_digest)?;
-        format.validate()?;
-        let place = (tenant, name);
-        if let Some(known) = self.by_name.get(&place).and_then(|id| self.namespaces.get(id)) {
-            let differing = known.format.differences(&format);
-            if !differing.is_empty() {
-                return Err(Error::new(ErrorKind::FormatMismatch, "this name is taken by a different format")
-                    .with("namespace", &known.name)
-                    .with("fields", differing.join(",")));
-            }
-            return Ok(Registered {
-                handle: known.handle(),
-                created: false,
-                revision_matches: known.revision_digest == revision_digest,
-            });
-        }
-        let owned = self.namespaces.values().filter(|n| n.tenant == tenant).count();
-        if owned >= NAMESPACES_PER_TENANT_MAX {
-            return Err(Error::new(ErrorKind::TooLarge, "the tenant has as many namespaces as it may have")
-                .with("namespaces_per_tenant_max", NAMESPACES_PER_TENANT_MAX));
-        }
         let id = NamespaceId(self.next_namespace);
         self.next_namespace = self
             .next_namespace
@@ -240,7 +348,7 @@ impl Catalogue {
         let namespace = Namespace {
             id,
             tenant,
-            name: place.1.clone(),
+            name: name.clone(),
             fingerprint: format.fingerprint(),
             format,
             revision: Revision(1),
@@ -248,18 +356,17 @@ impl Catalogue {
             require_full,
         };
         let handle = namespace.handle();
-        self.by_name.insert(place, id);
+        self.by_name.insert((tenant, name), id);
         self.namespaces.insert(id, namespace);
         Ok(Registered { handle, created: true, revision_matches: true })
     }
 
-    fn advance(&mut self, tenant: TenantId, from: Handle, revision_digest: String) -> Result<Handle> {
-        check_text("revision_digest", &revision_digest)?;
-        self.check(tenant, from)?;
-        let namespace = self.namespaces.get_mut(&from.namespace).expect("checked one line above");
+    fn find_revision(&self, tenant: TenantId, from: Handle, revision_digest: &str) -> Result<Option<Handle>> {
+        check_text("revision_digest", revision_digest)?;
+        let namespace = self.check(tenant, from)?;
         // Whoever asks for what already is gets it: engines that move over one by one all send the same advance.
         if namespace.revision_digest == revision_digest && from.revision <= namespace.revision {
-            return Ok(namespace.handle());
+            return Ok(Some(namespace.handle()));
         }
         if from.revision != namespace.revision {
             return Err(Error::new(ErrorKind::StaleRevision, "another caller advanced the revision first")
@@ -267,6 +374,11 @@ impl Catalogue {
                 .with("current", namespace.revision)
                 .with("current_digest", &namespace.revision_digest));
         }
+        Ok(None)
+    }
+
+    fn advance(&mut self, from: Handle, revision_digest: String) -> Result<Handle> {
+        let namespace = self.namespaces.get_mut(&from.namespace).expect("found by `find_revision`");
         let next = namespace.revision.0.checked_add(1).ok_or_else(|| {
             Error::new(ErrorKind::TooLarge, "the namespace has had all its revisions; register another name")
         })?;
@@ -291,76 +403,6 @@ fn check_text(field: &'static str, text: &str) -> Result<()> {
             .with("bytes", text.len()));
     }
     Ok(())
-}
-
-impl StateMachine for Catalogue {
-    type Command = Command;
-    type Outcome = Outcome;
-
-    fn apply(&mut self, command: Command) -> Result<Outcome> {
-        match command {
-            Command::EnsureTenant { name } => self.ensure_tenant(name).map(Outcome::Tenant),
-            Command::RegisterNamespace { tenant, name, format, revision_digest, require_full } => {
-                self.register(tenant, name, format, revision_digest, require_full).map(Outcome::Registered)
-            }
-            Command::AdvanceRevision { tenant, from, revision_digest } => {
-                self.advance(tenant, from, revision_digest).map(Outcome::Advanced)
-            }
-        }
-    }
-
-    fn snapshot(&self) -> Vec<u8> {
-        let snapshot = Snapshot {
-            version: SNAPSHOT_VERSION,
-            secret: self.secret.to_bytes(),
-            tenants: self.tenants.clone(),
-            next_namespace: self.next_namespace,
-            namespaces: self.namespaces.values().cloned().collect(),
-        };
-        serde_json::to_vec(&snapshot).expect("numbers, strings and lists always become JSON")
-    }
-
-    fn restore(snapshot: &[u8]) -> Result<Self> {
-        let corrupt = |what: &'static str| Error::new(ErrorKind::Corrupt, what);
-        let s: Snapshot = serde_json::from_slice(snapshot)
-            .map_err(|e| corrupt("the catalogue's snapshot cannot be read").with("cause", e))?;
-        if s.version != SNAPSHOT_VERSION {
-            return Err(corrupt("the catalogue's snapshot is of another version").with("version", s.version));
-        }
-        if s.tenants.first().map(String::as_str) != Some(DEFAULT_TENANT) {
-            return Err(corrupt("the catalogue's snapshot lacks the default tenant"));
-        }
-        let mut catalogue = Catalogue {
-            secret: DigestKey::from_bytes(s.secret),
-            tenants: s.tenants,
-            next_namespace: s.next_namespace,
-            ..Catalogue::new(DigestKey::from_bytes(s.secret))
-        };
-        for n in s.namespaces {
-            let fits = n.id.0 < catalogue.next_namespace
-                && catalogue.tenant_name(n.tenant).is_some()
-                && n.format.fingerprint() == n.fingerprint
-                && n.format.validate().is_ok();
-            let place = (n.tenant, n.name.clone());
-            if !fits
-                || catalogue.by_name.insert(place, n.id).is_some()
-                || catalogue.namespaces.insert(n.id, n).is_some()
-            {
-                return Err(corrupt("a namespace of the catalogue's snapshot contradicts the rest"));
-            }
-        }
-        Ok(catalogue)
-    }
-}
-
-/// The snapshot as it stands in the file: JSON, `version` first.
-#[derive(Serialize, Deserialize)]
-struct Snapshot {
-    version: u32,
-    secret: [u8; 16],
-    tenants: Vec<String>,
-    next_namespace: u32,
-    namespaces: Vec<Namespace>,
 }
 
 #[cfg(test)]
@@ -477,17 +519,50 @@ mod tests {
     }
 
     #[test]
-    fn a_snapshot_restores_everything_and_numbers_go_on() {
+    fn its_parts_make_it_again_and_numbers_go_on() {
         let mut c = catalogue();
         c.apply(Command::EnsureTenant { name: "b".into() }).unwrap();
         let one = register(&mut c, 0, "n", format(), "w1").unwrap().handle;
         advance(&mut c, one, "w2").unwrap();
         register(&mut c, 1, "n", format(), "w").unwrap();
-        let mut back = Catalogue::restore(&c.snapshot()).unwrap();
-        assert_eq!(back.snapshot(), c.snapshot());
+        let mut back = Catalogue::from_parts(c.parts()).unwrap();
+        assert_eq!((back.parts().tenants, back.parts().namespaces), (c.parts().tenants, c.parts().namespaces));
         assert_eq!(back.digest_key().to_bytes(), [7; 16]);
         let next = register(&mut back, 1, "m", format(), "w").unwrap().handle;
         assert_eq!(next.namespace, NamespaceId(one.namespace.0 + 2));
+    }
+
+    /// What is answered without a change is what applying would answer, and applying it changes nothing.
+    #[test]
+    fn what_already_is_has_an_answer_without_a_change() {
+        let mut c = catalogue();
+        let command = |name: &str, digest: &str| Command::RegisterNamespace {
+            tenant: TenantId(0),
+            name: name.into(),
+            format: format(),
+            revision_digest: digest.into(),
+            require_full: false,
+        };
+        let advance =
+            |from, digest: &str| Command::AdvanceRevision { tenant: TenantId(0), from, revision_digest: digest.into() };
+        assert_eq!(c.answer(&command("n", "w1")).unwrap(), None);
+        let one = register(&mut c, 0, "n", format(), "w1").unwrap().handle;
+        assert_eq!(c.answer(&advance(one, "w2")).unwrap(), None);
+        assert_eq!(c.answer(&Command::EnsureTenant { name: "b".into() }).unwrap(), None);
+        let known = [
+            command("n", "w1"),
+            command("n", "other weights"),
+            advance(one, "w1"),
+            Command::EnsureTenant { name: DEFAULT_TENANT.into() },
+        ];
+        for command in known {
+            let before = format!("{:?}", c.parts());
+            let answer = c.answer(&command).unwrap().unwrap();
+            assert_eq!(c.apply(command).unwrap(), answer);
+            assert_eq!(format!("{:?}", c.parts()), before);
+        }
+        let refused = Command::EnsureTenant { name: String::new() };
+        assert_eq!(c.answer(&refused), c.apply(refused).map(Some));
     }
 
     #[test]
@@ -508,21 +583,46 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_snapshot_is_refused() {
+    fn parts_that_contradict_each_other_are_refused() {
         let mut c = catalogue();
+        c.apply(Command::EnsureTenant { name: "b".into() }).unwrap();
         register(&mut c, 0, "n", format(), "w1").unwrap();
-        let good = String::from_utf8(c.snapshot()).unwrap();
-        let next = format!("\"next_namespace\":{}", c.next_namespace);
-        for (from, to) in [
-            ("\"version\":1", "\"version\":2"),
-            ("bf16", "fp8"),
-            ("\"default\"", "\"other\""),
-            (next.as_str(), "\"next_namespace\":1"),
-        ] {
-            let bad = good.replacen(from, to, 1);
-            assert_ne!(bad, good);
-            assert_eq!(Catalogue::restore(bad.as_bytes()).unwrap_err().kind(), ErrorKind::Corrupt, "{from}");
+        assert!(Catalogue::from_parts(c.parts()).is_ok());
+        let bad: [fn(&mut Parts); 6] = [
+            |p| p.tenants.clear(),
+            |p| p.tenants[1] = DEFAULT_TENANT.into(),
+            |p| p.next_namespace = 1,
+            |p| p.namespaces[0].format.dtype = "fp8".into(),
+            |p| p.namespaces[0].tenant = TenantId(2),
+            |p| {
+                let twin = Namespace { id: NamespaceId(p.namespaces[0].id.0 - 1), ..p.namespaces[0].clone() };
+                p.namespaces.push(twin);
+            },
+        ];
+        for (n, spoil) in bad.into_iter().enumerate() {
+            let mut parts = c.parts();
+            spoil(&mut parts);
+            assert_eq!(Catalogue::from_parts(parts).unwrap_err().kind(), ErrorKind::Corrupt, "{n}");
         }
-        assert!(Catalogue::restore(&good.as_bytes()[..good.len() - 1]).is_err());
+    }
+
+    /// As an earlier version wrote it, byte by byte.
+    #[test]
+    fn the_old_file_is_read_and_its_damage_refused() {
+        let mut c = catalogue();
+        let one = register(&mut c, 0, "n", format(), "w1").unwrap().handle;
+        let namespace = serde_json::to_string(c.namespace(one.namespace).unwrap()).unwrap();
+        let good = format!(
+            "{{\"version\":1,\"secret\":{:?},\"tenants\":[\"default\"],\"next_namespace\":{},\"namespaces\":[{namespace}]}}",
+            [7; 16],
+            one.namespace.0 + 1
+        );
+        let back = Catalogue::from_parts(Parts::from_old_file(good.as_bytes()).unwrap()).unwrap();
+        assert_eq!(back.parts().namespaces, c.parts().namespaces);
+        assert_eq!((back.next_namespace(), back.digest_key().to_bytes()), (c.next_namespace(), [7; 16]));
+        let newer = good.replacen("\"version\":1", "\"version\":2", 1);
+        for bad in [newer.as_bytes(), &good.as_bytes()[..good.len() - 1], b""] {
+            assert_eq!(Parts::from_old_file(bad).unwrap_err().kind(), ErrorKind::Corrupt);
+        }
     }
 }

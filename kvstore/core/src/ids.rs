@@ -160,7 +160,7 @@ impl DigestKey {
         Self(secret)
     }
 
-    /// The secret, for the catalogue's own file and for nothing else.
+    /// The secret, to be kept with the catalogue and for nothing else.
     pub fn to_bytes(self) -> [u8; 16] {
         self.0
     }

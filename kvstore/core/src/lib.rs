@@ -30,7 +30,7 @@ pub mod slot_entry;
 pub mod words;
 
 pub use block::{BlockMeta, NvmePlace, SlotRef};
-pub use catalogue::{Catalogue, Namespace, StateMachine};
+pub use catalogue::{Catalogue, Namespace};
 pub use checksum::{ChunkSums, SUM_CHUNK_BYTES};
 pub use directory::{Directory, DirectoryLimits, MatchOutcome, Matcher};
 pub use error::{Error, ErrorKind, Result};

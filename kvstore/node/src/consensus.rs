@@ -7,14 +7,15 @@
 //! ```
 //! What a command comes to is an answer of its state machine; errors here mean that nobody knows, or that nothing was taken.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use kvkeep_core::{Error, ErrorKind, Result};
 use kvkeep_raft::{
-    Alone, GroupHandle, GroupId, Host, Journal, NodeId, Proposed, RocksLog, Settings, StateMachine, Stats,
+    Alone, GroupHandle, GroupId, Host, Journal, LogStore, NodeId, Proposed, RocksLog, Settings, StateMachine, Stats,
 };
+use kvkeep_tiers::nvme::make_dir;
 
 /// First state of a group: keys and values of its state machine.
 pub type FirstState = Vec<(Vec<u8>, Vec<u8>)>;
@@ -23,28 +24,51 @@ pub type FirstState = Vec<(Vec<u8>, Vec<u8>)>;
 pub struct Consensus {
     host: Host,
     journal: Arc<Journal>,
+    folder: PathBuf,
 }
 
 impl Consensus {
+    /// The folder of the log.
+    pub fn folder(data_dir: &Path) -> PathBuf {
+        data_dir.join("raft")
+    }
+
     /// Opens the log below `data_dir`, or makes it.
     ///
     /// # Errors
     /// `Config` if another process has it open, `Corrupt`, `Io`.
     pub fn open(data_dir: &Path) -> Result<Self> {
-        let folder = data_dir.join("raft");
-        let log = RocksLog::open(&folder).map_err(|e| raft_error(&e).with("path", folder.display()))?;
-        let journal = Journal::open(Arc::new(log), NodeId::ALONE).map(Arc::new).map_err(|e| raft_error(&e))?;
+        let folder = Self::folder(data_dir);
+        // RocksDB flushes what is in the folder, not its name.
+        make_dir(&folder).map_err(|e| {
+            Error::new(ErrorKind::Io, "the folder of the raft log cannot be made")
+                .with("path", folder.display())
+                .with("cause", e)
+        })?;
+        let log = RocksLog::open(&folder).map_err(|e| unusable(&e, &folder))?;
+        Self::over(Arc::new(log), folder)
+    }
+
+    /// Over a log that is open; `folder` is what errors name.
+    pub(crate) fn over(log: Arc<dyn LogStore>, folder: PathBuf) -> Result<Self> {
+        let journal = Journal::open(log, NodeId::ALONE).map(Arc::new).map_err(|e| unusable(&e, &folder))?;
         let settings = Settings::new(NodeId::ALONE, Arc::new(unix_ms));
         let host = Host::start(Arc::clone(&journal), settings, Box::new(Alone)).map_err(|e| raft_error(&e))?;
-        Ok(Self { host, journal })
+        Ok(Self { host, journal, folder })
     }
 
     /// Whether the log has this group.
+    ///
+    /// # Errors
+    /// `Corrupt`, `Io`.
     pub fn holds(&self, group: GroupId) -> Result<bool> {
-        self.journal.holds(group).map_err(|e| raft_error(&e))
+        self.journal.holds(group).map_err(|e| unusable(&e, &self.folder))
     }
 
     /// Opens a group; one that the log does not have begins with `first`. Blocks.
+    ///
+    /// # Errors
+    /// `Corrupt`, `Io`.
     pub fn group(
         &self,
         id: GroupId,
@@ -52,9 +76,9 @@ impl Consensus {
         first: impl FnOnce() -> FirstState,
     ) -> Result<Group> {
         if !self.holds(id)? {
-            self.journal.create(id, &[NodeId::ALONE], &first()).map_err(|e| raft_error(&e))?;
+            self.journal.create(id, &[NodeId::ALONE], &first()).map_err(|e| unusable(&e, &self.folder))?;
         }
-        let handle = self.host.open(id, machine).map_err(|e| raft_error(&e).with("group", id))?;
+        let handle = self.host.open(id, machine).map_err(|e| unusable(&e, &self.folder).with("group", id))?;
         let group = Group { handle };
         // Until a leader has committed in its term, what was committed before may not be applied yet.
         group.barrier_blocking()?;
@@ -107,6 +131,16 @@ impl Group {
         answer.take::<T>().map_err(|e| raft_error(&e))
     }
 
+    /// Index of the last entry that is applied.
+    pub fn applied(&self) -> u64 {
+        self.handle.applied()
+    }
+
+    /// Why the group takes no changes any more, if that is so.
+    pub fn failure(&self) -> Option<Error> {
+        self.handle.failure().map(|e| raft_error(&e))
+    }
+
     /// Waits until everything that was acknowledged before is applied here.
     fn barrier_blocking(&self) -> Result<()> {
         let asked = self.handle.read_barrier().map_err(|e| raft_error(&e))?;
@@ -121,6 +155,30 @@ fn busy() -> Error {
 
 fn unix_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+}
+
+/// A log that a node cannot start on.
+fn unusable(e: &kvkeep_raft::Error, folder: &Path) -> Error {
+    use kvkeep_raft::ErrorKind as Raft;
+    let error = match e.kind() {
+        Raft::Corrupt | Raft::Machine | Raft::Broken => Error::new(
+            ErrorKind::Corrupt,
+            "the raft log is damaged: without it no block can be told from another. Restore the folder from a backup, or \
+             move the data folder away to start empty",
+        )
+        .with("cause", e),
+        Raft::NewerVersion => {
+            Error::new(ErrorKind::Corrupt, "the raft log was written by a newer version: start that one").with("cause", e)
+        }
+        // What RocksDB calls a failed read is as often a file that somebody has removed.
+        Raft::Io => Error::new(
+            ErrorKind::Io,
+            "the raft log cannot be read or written: look at the disk, or restore the folder from a backup",
+        )
+        .with("cause", e),
+        _ => raft_error(e),
+    };
+    error.with("path", folder.display())
 }
 
 /// A failure of raft in the words of the node.

@@ -3,11 +3,12 @@
 //! Read in this order: [`config`] -> [`store`] (the walk of a block through the tiers) -> [`verbs`] (what may be asked) ->
 //! [`service`] (over gRPC) and [`block`] (over the block protocol) -> [`server`] (listeners, drain). [`connection`] knows who is there, [`auth`] who is who, [`counters`] what is
 //! counted.
+//! What must survive any crash in one order goes through [`consensus`]: [`catalogue`].
 
 pub mod address;
 pub mod auth;
 pub mod block;
-pub mod catalogue_file;
+pub mod catalogue;
 pub mod cli;
 pub mod config;
 pub mod connection;

@@ -96,6 +96,11 @@ impl Store {
         if self.nvme.as_ref().is_some_and(|n| n.usage().poisoned) {
             warnings.push("nvme: a flush failed, the device takes no more writes; restart after checking it".into());
         }
+        if let Some(error) = self.catalogue.failure() {
+            warnings.push(format!(
+                "raft: namespaces can be neither made nor changed; restart after checking the disk: {error}"
+            ));
+        }
         v1::StatusReply {
             node: self.config.node_name.clone(),
             version: env!("CARGO_PKG_VERSION").into(),

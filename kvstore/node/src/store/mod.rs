@@ -34,7 +34,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
-use kvkeep_core::catalogue::{Catalogue, Command, Namespace, Outcome, StateMachine as _};
+use kvkeep_core::catalogue::{Command, Namespace, Outcome};
 use kvkeep_core::directory::{Directory, Located, PositionView, RemovedPart};
 use kvkeep_core::{
     BlockId, Class, Digest, DigestKey, Error, ErrorKind, Format, Handle, InstanceId, LeaseId, MissReason, RequestInfo,
@@ -47,9 +47,10 @@ use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use crate::auth::{Identity, Tokens};
-use crate::catalogue_file::CatalogueFile;
+use crate::catalogue::Registry;
 use crate::config::Config;
 use crate::connection::{Instances, Via};
+use crate::consensus::Consensus;
 use crate::counters::Counters;
 use crate::machine::cores;
 use clock::Clock;
@@ -77,7 +78,7 @@ pub struct Store {
     /// What is counted.
     pub counters: Counters,
     /// Namespaces as the hot paths see them.
-    pub views: namespaces::Views,
+    pub views: Arc<namespaces::Views>,
     /// History and events.
     pub journal: Journal,
     /// Connections and engine instances.
@@ -90,7 +91,9 @@ pub struct Store {
     pub report: open::Report,
     secret: DigestKey,
     tokens: Tokens,
-    catalogue: tokio::sync::Mutex<(Catalogue, CatalogueFile)>,
+    catalogue: Registry,
+    /// Stopped after everything that changes something through it.
+    consensus: Arc<Consensus>,
     directory: Mutex<Directory>,
     reservations: Mutex<Reservations>,
     arena: Arena,
@@ -161,25 +164,6 @@ impl Store {
             .ok_or_else(|| Error::new(ErrorKind::Denied, "no such tenant").with("tenant", name))
     }
 
-    /// Changes the catalogue; durable when this returns.
-    async fn apply(&self, command: Command) -> Result<Outcome> {
-        let mut guard = self.catalogue.lock().await;
-        let mut next = guard.0.clone();
-        let outcome = next.apply(command)?;
-        let snapshot = next.snapshot();
-        if snapshot != guard.0.snapshot() {
-            guard.1.store(&snapshot)?;
-        }
-        guard.0 = next;
-        if let Outcome::Registered(kvkeep_core::catalogue::Registered { handle, .. }) | Outcome::Advanced(handle) =
-            &outcome
-            && let Some(namespace) = guard.0.namespace(handle.namespace)
-        {
-            self.views.set(namespace.clone());
-        }
-        Ok(outcome)
-    }
-
     /// Registers a namespace, or finds it.
     pub async fn register_namespace(
         &self,
@@ -190,7 +174,7 @@ impl Store {
         require_full: bool,
     ) -> Result<Registered> {
         let command = Command::RegisterNamespace { tenant: caller.tenant, name, format, revision_digest, require_full };
-        match self.apply(command).await? {
+        match self.catalogue.apply(command).await? {
             Outcome::Registered(r) => Ok(Registered {
                 namespace: self.views.get(caller.tenant, r.handle.namespace)?,
                 created: r.created,
@@ -203,7 +187,7 @@ impl Store {
     /// The weights changed.
     pub async fn advance_revision(&self, caller: Caller, from: Handle, revision_digest: String) -> Result<Handle> {
         let command = Command::AdvanceRevision { tenant: caller.tenant, from, revision_digest };
-        match self.apply(command).await? {
+        match self.catalogue.apply(command).await? {
             Outcome::Advanced(handle) => Ok(handle),
             _ => Err(Error::new(ErrorKind::Conflict, "the catalogue answered something else")),
         }

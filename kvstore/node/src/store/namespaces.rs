@@ -17,6 +17,12 @@ impl Views {
         self.0.write().insert(namespace.id, Arc::new(namespace));
     }
 
+    /// Puts these in the place of all.
+    pub fn replace<'a>(&self, namespaces: impl Iterator<Item = &'a Namespace>) {
+        let all = namespaces.map(|n| (n.id, Arc::new(n.clone()))).collect();
+        *self.0.write() = all;
+    }
+
     /// The namespace if it is this tenant's; its revision is not looked at.
     pub fn get(&self, tenant: TenantId, id: NamespaceId) -> Result<Arc<Namespace>> {
         // Another tenant's namespace and none at all are one answer.

@@ -1,8 +1,8 @@
 //! Opening and closing a store.
 //!
 //! ```text
-//! lock the data folder -> catalogue -> NVMe index into the directory -> arena files of the last life: adopted slot by slot
-//! -> warm set in the background -> serving
+//! lock the data folder -> raft log -> catalogue (group 0) -> NVMe index into the directory
+//! -> arena files of the last life: adopted slot by slot -> warm set in the background -> serving
 //! ```
 //! NVMe first: a slot found in an old arena file is believed only where the index agrees on the version, or knows nothing.
 
@@ -13,10 +13,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 use std::time::Duration;
 
-use kvkeep_core::catalogue::{Catalogue, Command, Outcome, StateMachine as _};
+use kvkeep_core::catalogue::{Command, DEFAULT_TENANT, Outcome};
 use kvkeep_core::directory::{Directory, DirectoryLimits, Inserted, Placed};
 use kvkeep_core::{
-    BlockMeta, DigestKey, Error, ErrorKind, Instant, LeaseLimits, MissReason, RequestInfo, Result, SlotRef, TenantId,
+    BlockMeta, Error, ErrorKind, Instant, LeaseLimits, MissReason, RequestInfo, Result, SlotRef, TenantId,
 };
 use kvkeep_tiers::dram::{Arena, ArenaConfig, FixedRegion, Registrar, Reserves};
 use kvkeep_tiers::io::{Disk, DiskOptions, EngineChoice, FlushCoordinator, Registration, probe};
@@ -36,9 +36,10 @@ use super::namespaces::Views;
 use super::reservations::Reservations;
 use super::{PREFETCH_READS_MAX, Store, behind::Behind, learned};
 use crate::auth::Tokens;
-use crate::catalogue_file::CatalogueFile;
+use crate::catalogue::{Registry, refuse_orphans};
 use crate::config::Config;
 use crate::connection::Instances;
+use crate::consensus::Consensus;
 
 /// What opening found.
 #[derive(Debug, Default)]
@@ -71,9 +72,11 @@ impl Store {
         let lock = lock(&data_dir)?;
         let tokens = config.auth.tokens_file.as_deref().map(Tokens::from_file).transpose()?.unwrap_or_default();
         let mut report = Report::default();
-        let (catalogue, file) = open_catalogue(&data_dir, &tokens, &mut report)?;
-        let views = Views::default();
-        catalogue.namespaces().for_each(|n| views.set(n.clone()));
+        refuse_orphans(&data_dir)?;
+        let consensus = Arc::new(Consensus::open(&data_dir)?);
+        let views = Arc::new(Views::default());
+        let catalogue = Registry::open(&consensus, &data_dir, Arc::clone(&views))?;
+        report.tenants = ensure_tenants(&catalogue, &tokens)?;
         let clock = Clock::new(config.policy_clock);
         let directory = Directory::new(limits(&config), config.policy);
         let (mut directory, nvme) = if config.nvme.off {
@@ -102,7 +105,8 @@ impl Store {
             report,
             secret: catalogue.digest_key(),
             tokens,
-            catalogue: tokio::sync::Mutex::new((catalogue, file)),
+            catalogue,
+            consensus,
             directory: Mutex::new(directory),
             reservations: Mutex::new(Reservations::new(limits.reserved_bytes_max.0)),
             arena,
@@ -143,6 +147,13 @@ impl Store {
         }
         // With an NVMe tier the warm set brings DRAM back; without one the files are all there is.
         self.arena.close(self.nvme.is_some());
+        // Last: nobody is left who could change anything.
+        let consensus = Arc::clone(&self.consensus);
+        match tokio::task::spawn_blocking(move || consensus.stop()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::error!(%error, "the raft log did not close cleanly"),
+            Err(error) => tracing::error!(%error, "the raft log was not closed"),
+        }
     }
 }
 
@@ -171,26 +182,15 @@ fn lock(data_dir: &Path) -> Result<File> {
     Ok(file)
 }
 
-fn open_catalogue(data_dir: &Path, tokens: &Tokens, report: &mut Report) -> Result<(Catalogue, CatalogueFile)> {
-    let file = CatalogueFile::new(data_dir);
-    let mut catalogue = match file.load()? {
-        Some(snapshot) => Catalogue::restore(&snapshot)?,
-        None if data_dir.join("nvme").exists() => {
-            return Err(Error::new(
-                ErrorKind::Corrupt,
-                "the data folder has blocks and no catalogue: restore the file `catalogue`, or move the folder away",
-            )
-            .with("path", data_dir.display()));
-        }
-        None => Catalogue::new(DigestKey::from_bytes(rand::random())),
-    };
-    for name in tokens.tenants().chain(["default"]) {
-        if let Outcome::Tenant(id) = catalogue.apply(Command::EnsureTenant { name: name.to_string() })? {
-            report.tenants.insert(name.to_string(), id);
+/// Ids of the tenants that may come.
+fn ensure_tenants(catalogue: &Registry, tokens: &Tokens) -> Result<HashMap<String, TenantId>> {
+    let mut tenants = HashMap::new();
+    for name in tokens.tenants().chain([DEFAULT_TENANT]) {
+        if let Outcome::Tenant(id) = catalogue.apply_blocking(&Command::EnsureTenant { name: name.to_string() })? {
+            tenants.insert(name.to_string(), id);
         }
     }
-    file.store(&catalogue.snapshot())?;
-    Ok((catalogue, file))
+    Ok(tenants)
 }
 
 fn limits(config: &Config) -> DirectoryLimits {

@@ -8,7 +8,8 @@
  *   $KVKEEP_POWERCUT_DIR           the folder that is watched, an absolute path without symlinks
  *   $KVKEEP_POWERCUT_LOG           the log; `<log>.graves/` keeps removed files (hard links), so both are on one file system
  *   $KVKEEP_POWERCUT_IGNORE_FSYNC  paths, separated by `:`; a flush of a file whose path contains one (ends with one, if it
- *                                  ends with `$`) succeeds and covers nothing: a device that lies
+ *                                  ends with `$`; both of two, with `*` between them) succeeds and covers nothing: a device
+ *                                  that lies
  *   $KVKEEP_POWERCUT_FLUSH_US      how long a flush takes, microseconds
  *   $KVKEEP_POWERCUT_FAIL          a part of a path; while a file `<log>.fail-read`, `<log>.fail-write` or `<log>.fail-flush`
  *                                  exists, that of a watched file with such a path ends with EIO
@@ -412,17 +413,23 @@ void *mmap64(void *addr, size_t bytes, int prot, int flags, int fd, off_t offset
 
 /* ---------------------------------------------------------------- flushes */
 
+static int fits(const char *path, char *one) {
+  char *second = strchr(one, '*');
+  if (second) {
+    *second = 0;
+    return fits(path, one) && fits(path, second + 1);
+  }
+  size_t n = strlen(one), len = strlen(path);
+  if (!n) return 0;
+  if (one[n - 1] != '$') return strstr(path, one) != NULL;
+  return len >= n - 1 && !strncmp(path + len - (n - 1), one, n - 1);
+}
+
 static int lies(const char *path) {
   char all[PATH_MAX], *rest = all;
   snprintf(all, sizeof all, "%s", ignored);
   for (char *one; (one = strsep(&rest, ":"));) {
-    size_t n = strlen(one), len = strlen(path);
-    if (!n) continue;
-    if (one[n - 1] != '$') {
-      if (strstr(path, one)) return 1;
-    } else if (len >= n - 1 && !strncmp(path + len - (n - 1), one, n - 1)) {
-      return 1;
-    }
+    if (fits(path, one)) return 1;
   }
   return 0;
 }

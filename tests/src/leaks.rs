@@ -64,7 +64,7 @@ pub fn tier(stats: &v1::StatsReply, tier: Tier) -> &v1::TierStats {
 /// # Panics
 /// If something else does.
 pub fn no_stray_files(node: &Node) {
-    const KNOWN: [&str; 6] = ["lock", "catalogue", "nvme", "warm-set", "policy", "kvkeepd.sock"];
+    const KNOWN: [&str; 6] = ["lock", "raft", "nvme", "warm-set", "policy", "kvkeepd.sock"];
     for name in names(&node.data_dir()) {
         assert!(KNOWN.contains(&name.as_str()), "a stray file in the data folder: {name}");
     }

@@ -80,7 +80,7 @@ impl PowerCut {
     }
 
     /// From the next start on the device lies: flushes of files whose path contains one of `paths` (ends with it, where it
-    /// ends with `$`) succeed and keep nothing.
+    /// ends with `$`; both of two with `*` between them) succeed and keep nothing.
     pub fn ignore_flushes_of(&self, node: &mut Node, paths: &str) {
         node.options_mut().environment.push(("KVKEEP_POWERCUT_IGNORE_FSYNC".into(), paths.into()));
     }

@@ -11,10 +11,15 @@ const BYTES: usize = 20_000;
 
 /// A node whose segment files can be made to fail; `None` where there is no shim.
 fn node(test: &str) -> Option<(Node, PowerCut)> {
+    failing(test, "/segments/")
+}
+
+/// A node whose files with this in their path can be made to fail.
+fn failing(test: &str, path: &str) -> Option<(Node, PowerCut)> {
     let mut node = Node::new(Options::default());
     match PowerCut::under(&mut node) {
         Ok(power) => {
-            power.may_fail(&mut node, "/segments/");
+            power.may_fail(&mut node, path);
             node.restart();
             Some((node, power))
         }
@@ -107,4 +112,37 @@ async fn a_failed_read_is_a_miss_and_the_block_is_there_when_the_device_is_well_
     power.fail(Fails::Read, false);
     assert_eq!(super::found(&ns, &kept, BYTES).await, 8);
     leaks::nothing_is_held(&client).await;
+}
+
+/// The raft log fails: no namespace is made or changed until the next start, and the node says so. What was registered is
+/// served, and may be registered again.
+#[tokio::test]
+async fn a_failed_raft_log_ends_registrations_and_nothing_else() {
+    let Some((mut node, power)) = failing("a_failed_raft_log_ends_registrations", "/raft/") else { return };
+    let client = node.client().await;
+    let format = formats::any_size(1 << 20);
+    let ns = super::namespace(&client, &format).await;
+    let kept = payload::chain(1, 8);
+    super::store(&ns, &kept, BYTES, Class::Durable).await;
+    let refuses = async || {
+        let e = client.register_namespace("another", &format, "w").await.err().expect("it cannot be made");
+        assert!(e.to_string().contains("io") || e.to_string().contains("unavailable"), "{e}");
+    };
+    power.fail(Fails::Flush, true);
+    refuses().await;
+    power.fail(Fails::Flush, false);
+    refuses().await;
+    let status = client.admin().status(&Call::default()).await.unwrap();
+    assert!(status.warnings.iter().any(|w| w.starts_with("raft:")), "{:?}", status.warnings);
+    let again = super::namespace(&client, &format).await;
+    assert!(!again.created && again.handle == ns.handle);
+    super::store(&ns, &payload::chain(2, 4), BYTES, Class::Durable).await;
+    assert_eq!(super::found(&ns, &kept, BYTES).await, 8);
+    node.terminate().await;
+    node.restart();
+    let client = node.client().await;
+    let ns = super::namespace(&client, &format).await;
+    assert!(!ns.created);
+    assert_eq!(super::found(&ns, &kept, BYTES).await, 8);
+    client.register_namespace("another", &format, "w").await.unwrap();
 }

@@ -62,12 +62,15 @@ async fn without_any_one_flush_a_power_cut_shows() {
     let flushes = [
         ("bytes of segments", "/segments/"),
         ("names of segments", "/segments$"),
-        ("log of the index", ".log$"),
-        ("manifest of the index", "/MANIFEST"),
-        ("pointer to the manifest", ".dbtmp$"),
+        ("log of the index", "/index/*.log$"),
+        ("manifest of the index", "/index/MANIFEST"),
+        ("pointer to the manifest", "/index/*.dbtmp$"),
         ("names in the index", "/index$"),
         ("names in the folder of the device", "/nvme$"),
-        ("catalogue", "/catalogue.new$"),
+        ("raft log", "/raft/*.log$"),
+        ("manifest of the raft log", "/raft/MANIFEST"),
+        ("pointer to that manifest", "/raft/*.dbtmp$"),
+        ("names in the folder of the raft log", "/raft$"),
         ("names in the data folder", "/data$"),
     ];
     for (flush, paths) in [("nothing", "")].into_iter().chain(flushes) {

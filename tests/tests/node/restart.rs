@@ -1,6 +1,7 @@
 //! Stops, crashes and starts.
 
 use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
 use kvkeep_client::{Call, MatchQuery};
@@ -140,31 +141,85 @@ fn a_second_server_on_the_same_folder_is_refused_clearly() {
     assert!(said.contains("another kvkeepd") && said.contains(&node.data_dir().display().to_string()), "{said}");
 }
 
-/// Without a catalogue no block can be told from another: the server says so and touches nothing.
+/// Without a catalogue no block can be told from another: the server says so, and with the folder `raft` of a backup
+/// everything is there again.
 #[tokio::test]
-async fn a_damaged_catalogue_is_refused_and_its_backup_brings_everything_back() {
+async fn a_damaged_raft_log_is_refused_and_its_backup_brings_everything_back() {
     let mut node = Node::start(Options::default());
     let client = node.client().await;
     let ns = super::namespace(&client, &formats::plain(4096)).await;
     let keys = payload::chain(1, 8);
     super::store(&ns, &keys, 4096, Class::Durable).await;
     node.terminate().await;
-    let path = node.data_dir().join("catalogue");
-    let good = fs::read(&path).unwrap();
-    let mut flipped = good.clone();
-    flipped[good.len() / 2] ^= 4;
-    for bad in [Some(flipped), Some(good[..good.len() - 3].to_vec()), Some(Vec::new()), None] {
-        match bad {
-            Some(bytes) => fs::write(&path, bytes).unwrap(),
-            None => fs::remove_file(&path).unwrap(),
-        }
+    let (folder, backup) = (node.data_dir().join("raft"), node.beside("raft-backup"));
+    copy_folder(&folder, &backup);
+    type Damage = fn(&Path);
+    let damages: [(&str, Damage); 6] = [
+        ("flipped tables", |folder| of_kind(folder, ".sst", |bytes| bytes.iter_mut().for_each(|b| *b ^= 4))),
+        ("shorter tables", |folder| of_kind(folder, ".sst", |bytes| bytes.truncate(bytes.len() - 3))),
+        ("an empty manifest", |folder| of_kind(folder, "MANIFEST", Vec::clear)),
+        ("a lost table", |folder| {
+            let table = leaks::names(folder).into_iter().find(|name| name.ends_with(".sst")).unwrap();
+            fs::remove_file(folder.join(table)).unwrap();
+        }),
+        ("no pointer to the manifest", |folder| fs::remove_file(folder.join("CURRENT")).unwrap()),
+        ("no folder", |folder| fs::remove_dir_all(folder).unwrap()),
+    ];
+    for (name, damage) in damages {
+        damage(&folder);
         let said = node.try_restart().expect_err("it must not start");
-        assert!(said.contains("catalogue"), "{said}");
+        let names_it = said.contains(&folder.display().to_string()) || said.contains("restore the folder `raft`");
+        assert!(names_it, "{name}: {said}");
+        assert!(said.contains("backup") || said.contains("restore"), "{name}: {said}");
+        if folder.exists() {
+            assert_ne!(name, "no folder", "an empty log in the place of the lost one would hide that it is lost");
+            fs::remove_dir_all(&folder).unwrap();
+        }
+        copy_folder(&backup, &folder);
     }
-    fs::write(&path, good).unwrap();
     node.restart();
     let client = node.client().await;
     assert_eq!(super::found(&client.attach(ns.handle), &keys, 4096).await, 8);
+}
+
+fn copy_folder(from: &Path, to: &Path) {
+    fs::create_dir(to).unwrap();
+    for name in leaks::names(from) {
+        fs::copy(from.join(&name), to.join(name)).unwrap();
+    }
+}
+
+/// Changes every file with this in its name.
+fn of_kind(folder: &Path, kind: &str, change: fn(&mut Vec<u8>)) {
+    let names: Vec<_> = leaks::names(folder).into_iter().filter(|name| name.contains(kind)).collect();
+    assert!(!names.is_empty(), "a clean stop leaves a {kind}");
+    for name in names {
+        let mut bytes = fs::read(folder.join(&name)).unwrap();
+        change(&mut bytes);
+        fs::write(folder.join(name), bytes).unwrap();
+    }
+}
+
+/// A data folder of the time when the catalogue was a file of its own.
+#[tokio::test]
+async fn an_old_catalogue_moves_into_the_raft_log() {
+    let mut node = Node::new(Options::default());
+    fs::create_dir_all(node.data_dir()).unwrap();
+    let json = br#"{"version":1,"secret":[1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16],"tenants":["default"],"next_namespace":77,"namespaces":[]}"#;
+    let mut file = b"KVC1".to_vec();
+    file.extend_from_slice(&crc32fast::hash(json).to_le_bytes());
+    file.extend_from_slice(&(json.len() as u64).to_le_bytes());
+    file.extend_from_slice(json);
+    fs::write(node.data_dir().join("catalogue"), &file).unwrap();
+    for created in [true, false] {
+        node.restart();
+        let client = node.client().await;
+        let ns = super::namespace(&client, &formats::plain(4096)).await;
+        assert_eq!((ns.handle.namespace.0, ns.created), (77, created));
+        assert!(!node.data_dir().join("catalogue").exists());
+        assert_eq!(fs::read(node.data_dir().join("catalogue.before-raft")).unwrap(), file);
+        node.kill();
+    }
 }
 
 /// A server without NVMe keeps nothing over a stop and promises nothing.

@@ -51,6 +51,11 @@ word!(status_to_proto, status_from_proto, PartStatus, "part status");
 word!(reason_to_proto, reason_from_proto, MissReason, "miss reason");
 word!(kind_to_proto, kind_from_proto, RequestKind, "request kind");
 
+/// A class that may be left out.
+pub fn class_opt_from_proto(number: i32) -> Result<Option<Class>> {
+    if number == 0 { Ok(None) } else { class_from_proto(number).map(Some) }
+}
+
 /// A tier that may be left out; one that this version does not know reads as none.
 pub fn tier_opt_from_proto(number: i32) -> Option<Tier> {
     Tier::from_code(code(number))
@@ -203,7 +208,7 @@ pub fn info_from_proto(info: Option<v1::RequestInfo>) -> RequestInfo {
 }
 
 /// A session's id as a number for the policy: what [`context_to_proto`] made of one, or a sum of any other text. 0: none.
-fn session_from_proto(id: &str) -> u64 {
+pub fn session_number(id: &str) -> u64 {
     let number = (id.len() == 16).then(|| u64::from_str_radix(id, 16).ok()).flatten();
     // FNV-1a: the policy only has to tell sessions from each other.
     let sum = || id.bytes().fold(0xCBF2_9CE4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01B3));
@@ -263,7 +268,7 @@ pub fn context_from_proto(context: Option<v1::CallContext>) -> Result<Context> {
         request_id: RequestId::new(&c.request_id)?,
         deadline: millis_from_proto(c.deadline_ms),
         info: RequestInfo {
-            session: session_from_proto(&c.session_id),
+            session: session_number(&c.session_id),
             hint: c.hints.iter().find_map(hint_from_proto),
             ..info_from_proto(c.info)
         },

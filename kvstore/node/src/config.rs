@@ -45,6 +45,8 @@ pub struct Config {
     pub arena: ArenaSection,
     /// L3.
     pub nvme: NvmeSection,
+    /// Sessions.
+    pub sessions: SessionsSection,
     /// Bounds on what clients may ask.
     pub limits: LimitsSection,
 }
@@ -157,6 +159,14 @@ pub struct NvmeSection {
     pub promote_at_use: u32,
 }
 
+/// Sessions.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SessionsSection {
+    /// Between two sweeps for durable blocks that no session names any more, ms. The second sweep that finds a block removes it.
+    pub sweep_every_ms: u64,
+}
+
 /// Bounds on what clients may ask.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -195,6 +205,8 @@ pub struct LimitsSection {
     pub positions_max: u32,
     /// Positions that the policy remembers after they left, at 32 bytes each.
     pub ghosts_max: u32,
+    /// Positions of one tenant in pinned sessions.
+    pub pinned_positions_max: u32,
     /// Events kept for watchers.
     pub events_max: u32,
     /// Watchers at a time.
@@ -230,6 +242,7 @@ impl Default for Config {
             auth: Auth::default(),
             arena: ArenaSection::default(),
             nvme: NvmeSection::default(),
+            sessions: SessionsSection::default(),
             limits: LimitsSection::default(),
         }
     }
@@ -292,6 +305,12 @@ impl Default for NvmeSection {
     }
 }
 
+impl Default for SessionsSection {
+    fn default() -> Self {
+        Self { sweep_every_ms: 600_000 }
+    }
+}
+
 impl Default for LimitsSection {
     fn default() -> Self {
         Self {
@@ -312,6 +331,7 @@ impl Default for LimitsSection {
             instance_grace_ms: 5_000,
             positions_max: 50_000_000,
             ghosts_max: 4 * 1024 * 1024,
+            pinned_positions_max: 1 << 18,
             events_max: 65_536,
             watchers_max: 64,
             history_max: 65_536,
@@ -463,6 +483,7 @@ impl Config {
             ("limits.leased_positions_per_instance_max", l.leased_positions_per_instance_max, 1 << 26),
             ("limits.positions_max", l.positions_max, 1 << 30),
             ("limits.ghosts_max", l.ghosts_max, 1 << 30),
+            ("limits.pinned_positions_max", l.pinned_positions_max, 1 << 24),
             ("limits.events_max", l.events_max, 1 << 24),
             ("limits.watchers_max", l.watchers_max, 4_096),
             ("limits.history_max", l.history_max, 1 << 24),
@@ -494,6 +515,10 @@ impl Config {
             return Err(bad("limits.mapped_bytes_max is at most half of arena.bytes")
                 .with("limits.mapped_bytes_max", l.mapped_bytes_max)
                 .with("arena.bytes", self.arena.bytes));
+        }
+        if !(1_000..=86_400_000).contains(&self.sessions.sweep_every_ms) {
+            return Err(bad("sessions.sweep_every_ms is 1000 (a second) to 86400000 (a day)")
+                .with("sessions.sweep_every_ms", self.sessions.sweep_every_ms));
         }
         if l.deadline_ms_default > l.deadline_ms_max || l.deadline_ms_default == 0 {
             return Err(bad("deadlines are 0 < deadline_ms_default <= deadline_ms_max")

@@ -182,7 +182,7 @@ fn unusable(e: &kvkeep_raft::Error, folder: &Path) -> Error {
 }
 
 /// A failure of raft in the words of the node.
-fn raft_error(e: &kvkeep_raft::Error) -> Error {
+pub(crate) fn raft_error(e: &kvkeep_raft::Error) -> Error {
     use kvkeep_raft::ErrorKind as Raft;
     let (kind, message) = match e.kind() {
         Raft::InvalidArgument => (ErrorKind::TooLarge, "the change is larger than one change may be; split it"),

@@ -109,6 +109,14 @@ counters! {
     prefetch_refused => "kvkeep_prefetch_refused_total",
     /// Puts that waited for room.
     put_waits => "kvkeep_put_waits_total",
+    /// Appends to sessions that were acknowledged.
+    session_appends => "kvkeep_session_appends_total",
+    /// Restores of sessions that ended.
+    session_restores => "kvkeep_session_restores_total",
+    /// Sessions whose time to live ended.
+    sessions_expired => "kvkeep_sessions_expired_total",
+    /// Durable positions that no session named any more, removed.
+    session_swept_positions => "kvkeep_session_swept_positions_total",
     /// Calls refused because they came without a hello or with bad credentials.
     denied_calls => "kvkeep_denied_calls_total",
 }

@@ -11,6 +11,7 @@ use anyhow::Context as _;
 use kvkeep_proto::v1;
 use kvkeep_proto::v1::admin_server::AdminServer;
 use kvkeep_proto::v1::blocks_server::BlocksServer;
+use kvkeep_proto::v1::sessions_server::SessionsServer;
 use tokio::net::{TcpListener, UnixListener};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls;
@@ -25,6 +26,7 @@ use crate::config::Config;
 use crate::listener;
 use crate::service::admin::Admin;
 use crate::service::blocks::Blocks;
+use crate::service::sessions::SessionsService;
 use crate::store::{Store, Ways};
 use crate::verbs::Verbs;
 
@@ -102,6 +104,11 @@ pub async fn bind(store: Arc<Store>) -> anyhow::Result<Bound> {
             .context("reflection")?;
         Ok(server
             .add_service(blocks)
+            .add_service(
+                SessionsServer::new(SessionsService::new(Arc::clone(&store)))
+                    .max_decoding_message_size(message_max)
+                    .max_encoding_message_size(message_max),
+            )
             .add_service(AdminServer::new(Admin::new(Arc::clone(&store))).max_encoding_message_size(message_max))
             .add_service(health_service.clone())
             .add_service(reflection))

@@ -44,15 +44,14 @@ impl Sessions {
         self.all.get(name)
     }
 
-    /// Sessions by name, after one if one is given.
-    pub fn after(&self, name: Option<&SessionName>) -> impl Iterator<Item = (&SessionName, &Arc<Session>)> {
-        let from = name.map_or(Bound::Unbounded, Bound::Excluded);
+    /// Sessions by name.
+    pub fn from(&self, from: Bound<SessionName>) -> impl Iterator<Item = (&SessionName, &Arc<Session>)> {
         self.all.range((from, Bound::Unbounded))
     }
 
-    /// Sessions of a namespace by id, from an id on, or behind it.
-    pub fn of_namespace(&self, from: Bound<SessionName>) -> impl Iterator<Item = (&SessionName, &Arc<Session>)> {
-        self.all.range((from, Bound::Unbounded))
+    /// All of them, by name.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = (&SessionName, &Arc<Session>)> {
+        self.all.iter()
     }
 
     /// Sessions.

@@ -65,6 +65,14 @@ impl v1::admin_server::Admin for Admin {
         Ok(Response::new(v1::ListLeasesReply { leases, total }))
     }
 
+    async fn fsck(&self, request: Request<v1::FsckRequest>) -> Result<Response<v1::FsckReply>, Status> {
+        self.check(&request)?;
+        // To its end, whoever waits: a sweep that was begun is finished.
+        let (store, sweep) = (Arc::clone(&self.store), request.into_inner().sweep);
+        let checking = tokio::spawn(async move { store.fsck(sweep).await });
+        checking.await.map(Response::new).map_err(|_| Status::internal("the check was cut short"))
+    }
+
     async fn scrub(&self, request: Request<v1::ScrubRequest>) -> Result<Response<v1::ScrubReply>, Status> {
         self.check(&request)?;
         let wish = request.into_inner();

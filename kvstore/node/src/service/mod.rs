@@ -1,10 +1,11 @@
 //! The gRPC services: the wire around [`crate::verbs`].
 //!
-//! Here: whose connection a call came on. Then [`blocks`] (every verb) -> [`admin`] (what operators ask).
+//! Here: whose connection a call came on. Then [`blocks`] (every verb) -> [`sessions`] -> [`admin`] (what operators ask).
 
 pub mod admin;
 pub mod blocks;
 mod events;
+pub mod sessions;
 mod streams;
 
 use std::sync::Arc;

@@ -40,6 +40,7 @@ impl Store {
         self.tasks.spawn(Arc::clone(self).scrub_dram());
         self.tasks.spawn(Arc::clone(self).scrub_nvme());
         self.tasks.spawn(Arc::clone(self).queue_adopted());
+        self.tasks.spawn(Arc::clone(self).keep_sessions());
     }
 
     async fn tick(self: Arc<Self>) {
@@ -244,6 +245,10 @@ impl Store {
         metrics::gauge!("kvkeep_arena_stranded_bytes").set(self.arena.usage().stranded.total() as f64);
         metrics::gauge!("kvkeep_positions").set(stats.positions as f64);
         metrics::gauge!("kvkeep_policy_ghosts").set(self.directory.lock().ghosts() as f64);
+        let (sessions, positions, pinned) = self.session_usage();
+        metrics::gauge!("kvkeep_sessions").set(sessions as f64);
+        metrics::gauge!("kvkeep_session_positions").set(positions as f64);
+        metrics::gauge!("kvkeep_pinned_positions").set(pinned as f64);
         metrics::gauge!("kvkeep_leases").set(f64::from(stats.leases));
         metrics::gauge!("kvkeep_leased_positions").set(f64::from(stats.leased_positions));
         metrics::gauge!("kvkeep_reservations").set(f64::from(stats.reservations));

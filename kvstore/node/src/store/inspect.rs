@@ -101,6 +101,9 @@ impl Store {
                 "raft: namespaces can be neither made nor changed; restart after checking the disk: {error}"
             ));
         }
+        if let Some(error) = self.sessions.failure() {
+            warnings.push(format!("raft: sessions cannot be changed; restart after checking the disk: {error}"));
+        }
         v1::StatusReply {
             node: self.config.node_name.clone(),
             version: env!("CARGO_PKG_VERSION").into(),

@@ -27,6 +27,7 @@ mod rates;
 mod regions;
 pub mod reservations;
 mod room;
+pub mod sessions;
 mod warm;
 pub mod write;
 
@@ -92,6 +93,7 @@ pub struct Store {
     secret: DigestKey,
     tokens: Tokens,
     catalogue: Registry,
+    sessions: sessions::SessionStore,
     /// Stopped after everything that changes something through it.
     consensus: Arc<Consensus>,
     directory: Mutex<Directory>,

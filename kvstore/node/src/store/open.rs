@@ -1,7 +1,7 @@
 //! Opening and closing a store.
 //!
 //! ```text
-//! lock the data folder -> raft log -> catalogue (group 0) -> NVMe index into the directory
+//! lock the data folder -> raft log -> catalogue (group 0), sessions (group 1) -> NVMe index into the directory
 //! -> arena files of the last life: adopted slot by slot -> warm set in the background -> serving
 //! ```
 //! NVMe first: a slot found in an old arena file is believed only where the index agrees on the version, or knows nothing.
@@ -77,6 +77,7 @@ impl Store {
         let views = Arc::new(Views::default());
         let catalogue = Registry::open(&consensus, &data_dir, Arc::clone(&views))?;
         report.tenants = ensure_tenants(&catalogue, &tokens)?;
+        let sessions = super::sessions::SessionStore::open(&consensus)?;
         let clock = Clock::new(config.policy_clock);
         let directory = Directory::new(limits(&config), config.policy);
         let (mut directory, nvme) = if config.nvme.off {
@@ -106,6 +107,7 @@ impl Store {
             secret: catalogue.digest_key(),
             tokens,
             catalogue,
+            sessions,
             consensus,
             directory: Mutex::new(directory),
             reservations: Mutex::new(Reservations::new(limits.reserved_bytes_max.0)),

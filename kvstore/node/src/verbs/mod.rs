@@ -2,13 +2,15 @@
 //! `kvkeep.v1`. gRPC ([`crate::service`]) and the block protocol ([`crate::block`]) carry the same ones.
 //!
 //! Here: who calls, until when, within which bounds, and how a call fails. Then [`hello`] -> [`namespaces`] -> [`lookup`]
-//! (match, lease, release, touch, prefetch) -> [`get`] -> [`put`] (reserve, commit).
+//! (match, lease, release, touch, prefetch) -> [`get`] -> [`put`] (reserve, commit) ->
+//! [`sessions`].
 
 pub mod get;
 pub mod hello;
 pub mod lookup;
 pub mod namespaces;
 pub mod put;
+pub mod sessions;
 
 use std::sync::Arc;
 use std::time::Duration;

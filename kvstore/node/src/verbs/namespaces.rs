@@ -1,11 +1,12 @@
 //! Formats, namespaces, and the verbs that look at what is stored.
 
 use kvkeep_client::convert;
-use kvkeep_core::Key;
+use kvkeep_core::{Error, ErrorKind, Key};
 use kvkeep_proto::v1;
 
 use super::{Answer, Call, Verbs};
 use crate::connection::Hello;
+use crate::store::sessions::SYSTEM_PREFIX;
 use bytes::Bytes;
 
 impl Verbs {
@@ -23,6 +24,14 @@ impl Verbs {
         wish: v1::RegisterNamespaceRequest,
     ) -> Answer<v1::RegisterNamespaceReply> {
         let call = self.call(hello, wish.ctx)?;
+        if wish.name.starts_with(SYSTEM_PREFIX) {
+            return Err(Error::new(
+                ErrorKind::InvalidArgument,
+                "names of namespaces that begin with system/ are the store's own",
+            )
+            .with("name", wish.name)
+            .into());
+        }
         let format = convert::format_from_proto(wish.format)?;
         let registered = self
             .store

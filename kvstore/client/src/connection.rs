@@ -8,6 +8,7 @@ use std::time::Duration;
 use kvkeep_core::format::BLOCK_BYTES_MAX;
 use kvkeep_proto::v1::admin_client::AdminClient;
 use kvkeep_proto::v1::blocks_client::BlocksClient;
+use kvkeep_proto::v1::sessions_client::SessionsClient;
 use kvkeep_proto::{PROTOCOL_MAJOR, PROTOCOL_MINOR, v1};
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
@@ -47,6 +48,11 @@ pub(crate) fn blocks(wire: Wire) -> BlocksClient<Wire> {
 /// The operator's verbs on a wire.
 pub(crate) fn admin(wire: Wire) -> AdminClient<Wire> {
     AdminClient::new(wire).max_decoding_message_size(MESSAGE_BYTES_MAX)
+}
+
+/// The verbs on sessions on a wire.
+pub(crate) fn sessions(wire: Wire) -> SessionsClient<Wire> {
+    SessionsClient::new(wire).max_decoding_message_size(MESSAGE_BYTES_MAX)
 }
 
 /// Adds `authorization: Bearer` to every call.

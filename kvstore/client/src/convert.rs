@@ -125,6 +125,78 @@ pub fn retention_from_proto(number: i32) -> Result<Retention> {
     }
 }
 
+/// Whether a session takes appends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum SessionState {
+    /// It does.
+    Open,
+    /// Not until it is opened again.
+    Closed,
+}
+
+impl SessionState {
+    /// The word used in JSON and the CLI.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Open => "open",
+            Self::Closed => "closed",
+        }
+    }
+}
+
+/// The wire's number of a session's state.
+pub const fn session_state_to_proto(state: SessionState) -> i32 {
+    match state {
+        SessionState::Open => v1::SessionState::Open as i32,
+        SessionState::Closed => v1::SessionState::Closed as i32,
+    }
+}
+
+/// A session's state from its number on the wire; `None` where it is left out.
+pub fn session_state_opt_from_proto(number: i32) -> Result<Option<SessionState>> {
+    match v1::SessionState::try_from(number) {
+        Ok(v1::SessionState::Unspecified) => Ok(None),
+        Ok(v1::SessionState::Open) => Ok(Some(SessionState::Open)),
+        Ok(v1::SessionState::Closed) => Ok(Some(SessionState::Closed)),
+        Err(_) => Err(unknown("session state", number)),
+    }
+}
+
+/// What an engine knows of a session's future.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SessionHint {
+    /// It will not come back.
+    Finished,
+    /// It waits for somebody; nobody knows how long.
+    Paused,
+    /// It is expected back after so long.
+    DueIn(Duration),
+    /// Higher stays longer.
+    Priority(i32),
+}
+
+/// A hint as it travels.
+pub fn session_hint_to_proto(hint: SessionHint) -> v1::Hint {
+    let what = match hint {
+        SessionHint::Finished => v1::hint::What::Finished(true),
+        SessionHint::Paused => v1::hint::What::Paused(true),
+        SessionHint::DueIn(after) => v1::hint::What::DueMs(long_millis_to_proto(after)),
+        SessionHint::Priority(priority) => v1::hint::What::Priority(priority),
+    };
+    v1::Hint { what: Some(what) }
+}
+
+/// A hint; `None` for one that says nothing, or that this version does not know.
+pub fn session_hint_from_proto(hint: &v1::Hint) -> Option<SessionHint> {
+    match hint.what? {
+        v1::hint::What::Finished(true) => Some(SessionHint::Finished),
+        v1::hint::What::Paused(true) => Some(SessionHint::Paused),
+        v1::hint::What::DueMs(ms) => Some(SessionHint::DueIn(Duration::from_millis(ms))),
+        v1::hint::What::Priority(priority) => Some(SessionHint::Priority(priority)),
+        v1::hint::What::Finished(false) | v1::hint::What::Paused(false) => None,
+    }
+}
+
 // ---------------------------------------------------------------- ids
 
 /// A handle as it travels.
@@ -184,6 +256,16 @@ pub fn millis_to_proto(d: Duration) -> u32 {
 /// A duration in milliseconds that may be left out: 0 is none.
 pub fn millis_from_proto(ms: u32) -> Option<Duration> {
     (ms != 0).then(|| Duration::from_millis(u64::from(ms)))
+}
+
+/// Milliseconds of a time that may be longer than 49 days: rounded up; saturating.
+pub fn long_millis_to_proto(d: Duration) -> u64 {
+    u64::try_from(d.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX)
+}
+
+/// The same that may be left out: 0 is none.
+pub fn long_millis_from_proto(ms: u64) -> Option<Duration> {
+    (ms != 0).then(|| Duration::from_millis(ms))
 }
 
 // ---------------------------------------------------------------- what every call carries

@@ -106,6 +106,10 @@ impl Error {
         Self::new(ErrorKind::Refused(CoreKind::Config), message)
     }
 
+    pub(crate) fn invalid(message: &'static str) -> Self {
+        Self::new(ErrorKind::Refused(CoreKind::InvalidArgument), message)
+    }
+
     /// Adds a field.
     #[must_use]
     pub(crate) fn with(mut self, name: impl Into<Cow<'static, str>>, value: impl fmt::Display) -> Self {

@@ -17,7 +17,7 @@
 //! The map: [`client`] is the way that every call takes (hello, deadline, retries within [`budget`]); [`connection`] is one
 //! HTTP/2 connection and its hello, `endpoint` where it leads, [`embedded`] a private server that is started on demand;
 //! [`namespace`] has the verbs on blocks, of which [`matching`], [`get`] (with `assembly`, the checks on what arrives) and
-//! [`put`] are long enough for files of their own; [`events`] and [`admin`] are for routers and operators; [`engine`] is the
+//! [`put`] are long enough for files of their own; [`sessions`] has the verbs on sessions; [`events`] and [`admin`] are for routers and operators; [`engine`] is the
 //! synchronous face of all that, for engines; [`convert`] translates between core and proto, and the server uses it too.
 //!
 //! What it promises: a part given back as a hit is whole, of one version, and its checksums matched; every call ends by its
@@ -47,6 +47,7 @@ mod process;
 pub mod put;
 pub mod region;
 mod region_calls;
+pub mod sessions;
 
 /// The Rust of `docs/embedding.md`, compiled with the tests.
 #[cfg(doctest)]
@@ -62,7 +63,7 @@ pub use call::Call;
 pub use client::{Client, Counters};
 pub use config::{ClientConfig, Lost, WayWish};
 pub use connection::{Hello, Limits};
-pub use convert::Retention;
+pub use convert::{Retention, SessionHint, SessionState};
 pub use embedded::LocalEndpoint;
 pub use engine::{Engine, EngineConfig};
 pub use error::{Error, ErrorKind, Result};
@@ -75,3 +76,4 @@ pub use put::{PartOutcome, Put, PutPart, PutPosition};
 pub use region::geometry::Geometry;
 pub use region::mapped::{MappedBlock, MappedMatch, MappedPart};
 pub use region::{Place, Region};
+pub use sessions::{OpenSession, SessionInfo, Sessions};

@@ -12,6 +12,7 @@ use crate::client::{Client, Safety};
 use crate::connection::blocks;
 use crate::convert;
 use crate::error::Result;
+use crate::sessions::Sessions;
 
 /// A registered namespace at the revision it had when it was opened. Cheap to clone.
 #[derive(Clone)]
@@ -58,6 +59,11 @@ impl Namespace {
 
     pub(crate) fn wire_handle(&self) -> Option<v1::Handle> {
         Some(convert::handle_to_proto(self.handle))
+    }
+
+    /// Its sessions.
+    pub fn sessions(&self) -> Sessions {
+        Sessions { ns: self.clone() }
     }
 
     /// The weights changed. Compare-and-set on this handle's revision; answers the namespace at its new one. Old handles get

@@ -176,6 +176,23 @@ fn every_word_is_the_wire_s_word() {
 }
 
 #[test]
+fn what_is_said_of_sessions_comes_back_as_it_went() {
+    for state in [SessionState::Open, SessionState::Closed] {
+        assert_eq!(session_state_opt_from_proto(session_state_to_proto(state)).unwrap(), Some(state));
+    }
+    assert_eq!(session_state_opt_from_proto(0).unwrap(), None);
+    assert!(session_state_opt_from_proto(3).is_err());
+    for hint in [
+        SessionHint::Finished,
+        SessionHint::Paused,
+        SessionHint::DueIn(Duration::from_secs(100 * 86_400)),
+        SessionHint::Priority(-3),
+    ] {
+        assert_eq!(session_hint_from_proto(&session_hint_to_proto(hint)), Some(hint));
+    }
+}
+
+#[test]
 fn what_is_unset_reads_as_the_proto_says() {
     assert_eq!(class_from_proto(0).unwrap(), Class::Cache);
     assert_eq!(fidelity_from_proto(0).unwrap(), Fidelity::Exact);

@@ -12,10 +12,13 @@ use kvkeep_client::{Client, ClientConfig, Namespace, convert};
 use kvkeep_core::{ChunkSums, Error, ErrorKind, Format, Group, Rule, SizeRule, Topology};
 use kvkeep_proto::v1;
 use kvkeep_proto::v1::blocks_server::{Blocks, BlocksServer};
+use kvkeep_proto::v1::sessions_server::SessionsServer;
 use parking_lot::Mutex;
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
+
+use crate::fake_sessions::FakeSession;
 
 /// Keys of one call.
 pub const BATCH_KEYS: u32 = 4;
@@ -52,6 +55,7 @@ pub struct State {
     pub epoch: u64,
     pub greeted: HashSet<SocketAddr>,
     pub blocks: HashMap<PartId, Bytes>,
+    pub sessions: HashMap<String, FakeSession>,
     pub reservations: HashMap<u64, (PartId, u64, BytesMut)>,
     next_reservation: u64,
     /// Calls per verb, those that failed included.
@@ -84,6 +88,7 @@ impl Fake {
         tokio::spawn(
             tonic::transport::Server::builder()
                 .add_service(service)
+                .add_service(SessionsServer::new(fake.clone()))
                 .serve_with_incoming(TcpListenerStream::new(listener)),
         );
         (fake, addr.to_string())
@@ -119,7 +124,7 @@ impl Fake {
         state.reservations.clear();
     }
 
-    async fn answer<Req, Rep>(
+    pub async fn answer<Req, Rep>(
         &self,
         verb: &'static str,
         request: Request<Req>,

@@ -17,7 +17,8 @@
 //! The map: [`client`] is the way that every call takes (hello, deadline, retries within [`budget`]); [`connection`] is one
 //! HTTP/2 connection and its hello, `endpoint` where it leads, [`embedded`] a private server that is started on demand;
 //! [`namespace`] has the verbs on blocks, of which [`matching`], [`get`] (with `assembly`, the checks on what arrives) and
-//! [`put`] are long enough for files of their own; [`sessions`] has the verbs on sessions; [`events`] and [`admin`] are for routers and operators; [`engine`] is the
+//! [`put`] are long enough for files of their own; [`sessions`] has the verbs on sessions, [`session_file`] takes one
+//! along in a file; [`events`] and [`admin`] are for routers and operators; [`engine`] is the
 //! synchronous face of all that, for engines; [`convert`] translates between core and proto, and the server uses it too.
 //!
 //! What it promises: a part given back as a hit is whole, of one version, and its checksums matched; every call ends by its
@@ -47,6 +48,7 @@ mod process;
 pub mod put;
 pub mod region;
 mod region_calls;
+pub mod session_file;
 pub mod sessions;
 
 /// The Rust of `docs/embedding.md`, compiled with the tests.

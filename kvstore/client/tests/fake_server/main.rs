@@ -2,6 +2,7 @@
 
 mod calls;
 mod fake_sessions;
+mod session_files;
 mod sessions;
 mod support;
 mod transfers;

@@ -4,23 +4,23 @@ use bytes::Bytes;
 use kvkeep_client::wire;
 use serde_json::json;
 
+use crate::contact::Contact;
 use crate::failure::{Failure, Outcome};
 use crate::key::KeyArg;
 use crate::output::{Output, pairs, table};
-use crate::session::Session;
 use crate::{key, show, units};
 
 /// `block list`
 pub async fn list(
-    session: &Session,
+    contact: &Contact,
     namespace: Option<&str>,
     prefix: Option<&KeyArg>,
     limit: u32,
     out: &Output,
 ) -> Outcome {
-    let ns = session.blocks(namespace).await?;
+    let ns = contact.blocks(namespace).await?;
     let prefix = prefix.map_or_else(Bytes::new, |p| p.0.clone());
-    let (positions, more) = ns.list(&prefix, limit as usize, &session.call).await?;
+    let (positions, more) = ns.list(&prefix, limit as usize, &contact.call).await?;
     let fields = json!({ "positions": positions.iter().map(show::position_json).collect::<Vec<_>>(), "more": more });
     out.answer("blocks", fields, || {
         let rows = positions.iter().map(|p| {
@@ -47,8 +47,8 @@ pub async fn list(
 }
 
 /// `block show`
-pub async fn show(session: &Session, namespace: Option<&str>, key: &KeyArg, out: &Output) -> Outcome {
-    let reply = session.blocks(namespace).await?.explain(&key.0, &session.call).await?;
+pub async fn show(contact: &Contact, namespace: Option<&str>, key: &KeyArg, out: &Output) -> Outcome {
+    let reply = contact.blocks(namespace).await?.explain(&key.0, &contact.call).await?;
     let Some(p) = &reply.position else {
         return Err(
             Failure::failed(format!("not here: {}", sentence(&reply))).advise("`kvkeepctl explain` has its history")
@@ -59,8 +59,8 @@ pub async fn show(session: &Session, namespace: Option<&str>, key: &KeyArg, out:
 }
 
 /// `explain`
-pub async fn explain(session: &Session, namespace: Option<&str>, key: &KeyArg, out: &Output) -> Outcome {
-    let reply = session.blocks(namespace).await?.explain(&key.0, &session.call).await?;
+pub async fn explain(contact: &Contact, namespace: Option<&str>, key: &KeyArg, out: &Output) -> Outcome {
+    let reply = contact.blocks(namespace).await?.explain(&key.0, &contact.call).await?;
     let fields = json!({
         "key": key::hex(&key.0),
         "status": show::status(reply.status),

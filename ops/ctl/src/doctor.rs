@@ -7,10 +7,10 @@ use serde_json::json;
 
 use crate::args::{Connection, DoctorArgs};
 use crate::checks::{self, Check, Level};
+use crate::contact::{self, Contact};
 use crate::failure::{Failure, Outcome};
 use crate::kvkeepd;
 use crate::output::{Output, table};
-use crate::session::{self, Session};
 
 const OWN_VERSION: &str = env!("CARGO_PKG_VERSION");
 
@@ -49,19 +49,19 @@ pub async fn run(args: &DoctorArgs, connection: &Connection, out: &Output) -> Ou
 /// Does the endpoint answer, of which version is it, and what does it warn of? Also the data folder it uses.
 async fn server(connection: &Connection) -> (Vec<Check>, Option<PathBuf>) {
     const NAME: &str = "endpoint";
-    let endpoint = session::endpoint(connection);
-    let session = match Session::open(connection).await {
-        Ok(session) => session,
+    let endpoint = contact::endpoint(connection);
+    let contact = match Contact::open(connection).await {
+        Ok(contact) => contact,
         Err(e) => {
             let advice = e.advice().unwrap_or("--offline leaves this out").to_owned();
             return (vec![Check::bad(NAME, e.to_string(), advice)], None);
         }
     };
-    let hello = session.client.hello();
+    let hello = contact.client.hello();
     let found = format!("{endpoint}: node {}, tenant {}", hello.node, hello.tenant);
     let mut checks = vec![Check::ok(NAME, found), judge_version("server", &hello.server)];
-    checks.extend(session.client.way().map(|way| judge_way(&way)));
-    match session.client.admin().status(&session.call).await {
+    checks.extend(contact.client.way().map(|way| judge_way(&way)));
+    match contact.client.admin().status(&contact.call).await {
         Ok(status) => {
             checks
                 .extend(status.warnings.iter().map(|w| Check::warn("server", w.clone(), "the server's log says more")));

@@ -4,20 +4,20 @@ use kvkeep_client::{Watch, wire};
 use serde_json::json;
 
 use crate::args::EventsArgs;
+use crate::contact::Contact;
 use crate::failure::Outcome;
 use crate::output::Output;
-use crate::session::Session;
 use crate::{key, show, units};
 
 /// `events`
-pub async fn run(session: &Session, args: &EventsArgs, out: &Output) -> Outcome {
+pub async fn run(contact: &Contact, args: &EventsArgs, out: &Output) -> Outcome {
     let handle = match &args.namespace {
-        Some(name) => Some(session.blocks(Some(name)).await?.handle),
+        Some(name) => Some(contact.blocks(Some(name)).await?.handle),
         None => None,
     };
     let watch =
         Watch { handle, snapshot: args.snapshot || !args.follow, after_sequence: args.after.unwrap_or_default() };
-    let mut stream = session.client.watch_events(&watch, &session.call).await?;
+    let mut stream = contact.client.watch_events(&watch, &contact.call).await?;
     let mut left = args.limit.unwrap_or(u64::MAX);
     while left > 0
         && let Some(batch) = stream.next_batch().await

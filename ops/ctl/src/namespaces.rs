@@ -2,14 +2,14 @@
 
 use serde_json::json;
 
+use crate::contact::Contact;
 use crate::failure::Outcome;
 use crate::output::{Output, pairs, table};
-use crate::session::Session;
 use crate::{key, show, units};
 
 /// `namespace list`
-pub async fn list(session: &Session, out: &Output) -> Outcome {
-    let all = session.namespaces().await?;
+pub async fn list(contact: &Contact, out: &Output) -> Outcome {
+    let all = contact.namespaces().await?;
     let fields = json!({ "namespaces": all.iter().map(show::namespace_json).collect::<Vec<_>>() });
     out.answer("namespaces", fields, || {
         let rows = all.iter().map(|n| {
@@ -30,8 +30,8 @@ pub async fn list(session: &Session, out: &Output) -> Outcome {
 }
 
 /// `namespace show`
-pub async fn show(session: &Session, name: &str, out: &Output) -> Outcome {
-    let n = session.namespace(Some(name)).await?;
+pub async fn show(contact: &Contact, name: &str, out: &Output) -> Outcome {
+    let n = contact.namespace(Some(name)).await?;
     out.answer("namespace", show::namespace_json(&n), || {
         let mut text = pairs([
             ("namespace", n.namespace_id.to_string()),

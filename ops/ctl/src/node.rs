@@ -6,9 +6,9 @@ use kvkeep_core::Tier;
 use serde_json::json;
 
 use crate::args::TierArg;
+use crate::contact::Contact;
 use crate::failure::{Failure, Outcome};
 use crate::output::{Output, pairs, table};
-use crate::session::Session;
 use crate::{key, show, units};
 use kvkeep_client::wire;
 
@@ -16,8 +16,8 @@ use kvkeep_client::wire;
 const SCRUB_STEP: Duration = Duration::from_secs(2);
 
 /// `status`
-pub async fn status(session: &Session, out: &Output) -> Outcome {
-    let s = session.client.admin().status(&session.call).await?;
+pub async fn status(contact: &Contact, out: &Output) -> Outcome {
+    let s = contact.client.admin().status(&contact.call).await?;
     let stats = s.stats.clone().unwrap_or_default();
     let fields = json!({
         "node": s.node,
@@ -80,8 +80,8 @@ pub async fn status(session: &Session, out: &Output) -> Outcome {
 }
 
 /// `tier list` and `tier show`
-pub async fn tiers(session: &Session, only: Option<TierArg>, out: &Output) -> Outcome {
-    let stats = session.client.stats(&session.call).await?;
+pub async fn tiers(contact: &Contact, only: Option<TierArg>, out: &Output) -> Outcome {
+    let stats = contact.client.stats(&contact.call).await?;
     let Some(only) = only else {
         let fields = json!({ "tiers": stats.tiers.iter().map(show::tier_stats_json).collect::<Vec<_>>() });
         out.answer("tiers", fields, || tier_table(&stats.tiers))?;
@@ -138,8 +138,8 @@ fn tier_table(tiers: &[wire::TierStats]) -> String {
 }
 
 /// `lease list`
-pub async fn leases(session: &Session, limit: u32, out: &Output) -> Outcome {
-    let reply = session.client.admin().leases(limit, &session.call).await?;
+pub async fn leases(contact: &Contact, limit: u32, out: &Output) -> Outcome {
+    let reply = contact.client.admin().leases(limit, &contact.call).await?;
     let fields = json!({
         "total": reply.total,
         "leases": reply.leases.iter().map(|l| {
@@ -179,15 +179,15 @@ pub async fn leases(session: &Session, limit: u32, out: &Output) -> Outcome {
 }
 
 /// `scrub`
-pub async fn scrub(session: &Session, only: Option<TierArg>, wait_s: u32, out: &Output) -> Outcome {
+pub async fn scrub(contact: &Contact, only: Option<TierArg>, wait_s: u32, out: &Output) -> Outcome {
     let until = Instant::now() + Duration::from_secs(u64::from(wait_s));
     let tiers = only.map_or(vec![Tier::Dram, Tier::Nvme], |t| vec![t.into()]);
     let mut results = Vec::new();
     for tier in tiers {
         loop {
             let step = SCRUB_STEP.min(until.saturating_duration_since(Instant::now())).max(Duration::from_millis(1));
-            let call = session.call.clone().within(step + session.client.config().deadline);
-            let reply = session.client.admin().scrub(tier, step, &call).await?;
+            let call = contact.call.clone().within(step + contact.client.config().deadline);
+            let reply = contact.client.admin().scrub(tier, step, &call).await?;
             if reply.done || Instant::now() >= until {
                 results.push((tier, reply));
                 break;

@@ -19,12 +19,12 @@ pub fn endpoint(connection: &Connection) -> &str {
 }
 
 /// A node that said hello.
-pub struct Session {
+pub struct Contact {
     pub client: Client,
     pub call: Call,
 }
 
-impl Session {
+impl Contact {
     /// Connects.
     pub async fn open(connection: &Connection) -> Outcome<Self> {
         let deadline = Duration::from_millis(connection.timeout_ms);

@@ -31,7 +31,7 @@ mod restore;
 mod walk;
 
 use bytes::Bytes;
-use kvkeep_core::{Class, Tier};
+use kvkeep_core::Tier;
 use kvkeep_proto::v1;
 
 use crate::call::Call;
@@ -80,10 +80,12 @@ impl Sessions {
                 |ctx| v1::OpenSessionRequest {
                     ctx: Some(ctx),
                     name: self.name(id),
-                    class: convert::class_to_proto(open.class.unwrap_or(Class::Cache)),
+                    class: open.class.map_or(0, convert::class_to_proto),
                     ttl_ms: open.ttl.map_or(0, convert::long_millis_to_proto),
                     priority: open.priority,
                     attributes: open.attributes.clone().into_iter().collect(),
+                    parent_id: open.parent.as_ref().map_or_else(String::new, |p| p.id.clone()),
+                    parent_positions: open.parent.as_ref().map_or(0, |p| p.positions),
                 },
                 |wire, r| async move { sessions(wire).open(r).await },
             )

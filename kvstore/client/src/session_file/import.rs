@@ -229,6 +229,7 @@ impl Sessions {
     ) -> Result<(SessionInfo, bool)> {
         let session = &contents.header.session;
         let open = OpenSession {
+            parent: None,
             class: Some(session.class),
             ttl: convert::long_millis_from_proto(session.ttl_ms),
             priority: session.priority,

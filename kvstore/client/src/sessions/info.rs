@@ -13,14 +13,16 @@ use crate::error::{Error, Result};
 /// How a session is made.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct OpenSession {
-    /// Of its blocks: an append is answered when they have it. `None`: cache.
+    /// Of its blocks: an append is answered when they have it. `None`: cache, or as it is.
     pub class: Option<Class>,
-    /// Without a change for so long it is deleted; `None`: never.
+    /// Without a change for so long it is deleted; `None`: never, or as it is.
     pub ttl: Option<Duration>,
-    /// Higher stays longer.
+    /// Kept and shown; eviction does not look at it yet. 0: as it is.
     pub priority: i32,
     /// What the caller wants to find it by; 1 KiB at most, names and values together.
     pub attributes: BTreeMap<String, String>,
+    /// A new session begins with the first positions of this one.
+    pub parent: Option<Parent>,
 }
 
 /// What is known of a session.

@@ -35,6 +35,7 @@ async fn a_session_is_opened_appended_to_and_read_page_by_page() {
     let (sessions, call) = (ns.sessions(), Call::default());
     put(&ns, 11).await;
     let open = OpenSession {
+        parent: None,
         class: Some(Class::Durable),
         ttl: Some(Duration::from_secs(90 * 86_400)),
         priority: -2,

@@ -160,25 +160,25 @@ fn unix_ms() -> u64 {
 /// A log that a node cannot start on.
 fn unusable(e: &kvkeep_raft::Error, folder: &Path) -> Error {
     use kvkeep_raft::ErrorKind as Raft;
-    let error = match e.kind() {
-        Raft::Corrupt | Raft::Machine | Raft::Broken => Error::new(
+    let (kind, message) = match e.kind() {
+        Raft::Corrupt | Raft::Broken => (
             ErrorKind::Corrupt,
             "the raft log is damaged: without it no block can be told from another. Restore the folder from a backup, or \
              move the data folder away to start empty",
-        )
-        .with("cause", e),
-        Raft::NewerVersion => {
-            Error::new(ErrorKind::Corrupt, "the raft log was written by a newer version: start that one").with("cause", e)
-        }
+        ),
+        Raft::NewerVersion => (ErrorKind::Corrupt, "the raft log was written by a newer version: start that one"),
+        Raft::Machine => (
+            ErrorKind::Corrupt,
+            "what the raft log holds is not understood: start the version that wrote it, or restore the folder from a backup",
+        ),
         // What RocksDB calls a failed read is as often a file that somebody has removed.
-        Raft::Io => Error::new(
+        Raft::Io => (
             ErrorKind::Io,
             "the raft log cannot be read or written: look at the disk, or restore the folder from a backup",
-        )
-        .with("cause", e),
-        _ => raft_error(e),
+        ),
+        _ => return raft_error(e).with("path", folder.display()),
     };
-    error.with("path", folder.display())
+    Error::new(kind, message).with("path", folder.display()).with("cause", e)
 }
 
 /// A failure of raft in the words of the node.
@@ -196,9 +196,7 @@ pub(crate) fn raft_error(e: &kvkeep_raft::Error) -> Error {
         Raft::NotLeader | Raft::Superseded | Raft::Stopped => {
             (ErrorKind::Unavailable, "the change was not taken; try again")
         }
-        Raft::Unknown => {
-            (ErrorKind::Unavailable, "the node stopped before the end was seen: the change is made, or not")
-        }
+        Raft::Unknown => (ErrorKind::Unavailable, "the end of the change was not seen: it is made, or not"),
     };
     Error::new(kind, message).with("cause", e)
 }

@@ -14,7 +14,7 @@
 use std::sync::Arc;
 
 use kvkeep_core::catalogue::{Catalogue, Command, Namespace, Outcome, Parts};
-use kvkeep_core::{DigestKey, NamespaceId, Result, TenantId};
+use kvkeep_core::{DigestKey, Handle, NamespaceId, Result, TenantId};
 use kvkeep_raft::{Committed, Refusal, Reply, StateMachine, Writes};
 use parking_lot::RwLock;
 use serde::Serialize;
@@ -104,8 +104,9 @@ impl StateMachine for Machine {
         let (secret, next_namespace) = head.ok_or_else(|| refusal("it is missing", HEAD_KEY))?;
         let parts = Parts { secret: DigestKey::from_bytes(secret), next_namespace, tenants, namespaces };
         let catalogue = Catalogue::from_parts(parts).map_err(|e| Refusal(e.to_string()))?;
+        let mut served = self.shared.catalogue.write();
         self.shared.views.replace(catalogue.namespaces());
-        *self.shared.catalogue.write() = catalogue;
+        *served = catalogue;
         Ok(())
     }
 
@@ -113,30 +114,38 @@ impl StateMachine for Machine {
         let command = decode_command(committed.command)?;
         // Held until the views are set: nobody finds one without the other.
         let mut catalogue = self.shared.catalogue.write();
-        let outcome = match catalogue.answer(&command) {
-            Ok(None) => catalogue.apply(command),
-            // It became so, or was refused, between the proposal and this.
-            Ok(Some(known)) => return Ok(Box::new(Ok::<_, kvkeep_core::Error>(known))),
-            Err(refused) => Err(refused),
-        };
-        match &outcome {
-            Ok(Outcome::Tenant(id)) => {
+        // It may have come to be so since it was proposed.
+        let changes = matches!(catalogue.answer(&command), Ok(None));
+        let outcome = catalogue.apply(command);
+        if let (true, Ok(outcome)) = (changes, &outcome) {
+            self.keep(&catalogue, outcome, writes);
+        }
+        Ok(Box::new(outcome))
+    }
+}
+
+impl Machine {
+    /// Writes what a command has changed, and shows it.
+    fn keep(&self, catalogue: &Catalogue, outcome: &Outcome, writes: &mut Writes<'_>) {
+        match outcome {
+            Outcome::Tenant(id) => {
                 if let Some(name) = catalogue.tenant_name(*id) {
                     writes.put(&tenant_key(*id), &versioned(VALUE_VERSION, name.as_bytes()));
                 }
             }
-            Ok(Outcome::Registered(kvkeep_core::catalogue::Registered { handle, .. }) | Outcome::Advanced(handle)) => {
-                if let Some(namespace) = catalogue.namespace(handle.namespace) {
-                    writes.put(&namespace_key(namespace.id), &to_json(VALUE_VERSION, namespace));
-                    self.shared.views.set(namespace.clone());
-                }
-                if matches!(outcome, Ok(Outcome::Registered(_))) {
-                    writes.put(HEAD_KEY, &head(&catalogue));
-                }
+            Outcome::Registered(registered) => {
+                writes.put(HEAD_KEY, &head(catalogue));
+                self.keep_namespace(catalogue, registered.handle, writes);
             }
-            Err(_) => {}
+            Outcome::Advanced(handle) => self.keep_namespace(catalogue, *handle, writes),
         }
-        Ok(Box::new(outcome))
+    }
+
+    fn keep_namespace(&self, catalogue: &Catalogue, handle: Handle, writes: &mut Writes<'_>) {
+        if let Some(namespace) = catalogue.namespace(handle.namespace) {
+            writes.put(&namespace_key(namespace.id), &to_json(VALUE_VERSION, namespace));
+            self.shared.views.set(namespace.clone());
+        }
     }
 }
 

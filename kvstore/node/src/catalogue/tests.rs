@@ -331,6 +331,7 @@ fn damage_of_the_state_is_refused_and_names_the_folder() {
 
 #[test]
 fn values_that_are_not_understood_are_refused() {
+    type Spoil = fn(&mut Vec<u8>, &mut Vec<u8>);
     let state = first_state(&old_catalogue());
     let load = |state: &FirstState| {
         let mut machine = Machine::new(Arc::new(Shared::new(Arc::default())));
@@ -344,7 +345,7 @@ fn values_that_are_not_understood_are_refused() {
         bad.remove(at);
         // Namespaces stand for themselves; each tenant here has one.
         assert_eq!(load(&bad).is_ok(), state[at].0[0] == b'n', "{at}");
-        let spoils: [fn(&mut Vec<u8>, &mut Vec<u8>); 5] = [
+        let spoils: [Spoil; 5] = [
             |_, value| value[0] = 2,
             |_, value| value.clear(),
             |_, value| value[1] = 0xff,

@@ -37,7 +37,7 @@ use crate::error::{Error, ErrorKind, Result};
 
 pub use export::{Export, Exported};
 pub use import::{Import, Imported};
-pub use reader::{FileContents, inspect};
+pub use reader::{FileContents, inspect, read_header};
 
 /// Version of the layout.
 pub const FILE_VERSION: u32 = 1;
@@ -169,6 +169,15 @@ pub struct FileProgress {
 pub type OnProgress<'a> = &'a mut (dyn FnMut(FileProgress) + Send);
 
 impl FileHeader {
+    /// The namespace it comes from.
+    pub fn origin(&self) -> Origin {
+        Origin {
+            namespace: self.namespace.clone(),
+            format: self.format.clone(),
+            revision_digest: self.revision_digest.clone(),
+        }
+    }
+
     /// Checks what a file says of itself.
     fn validate(&self) -> Result<()> {
         let bad = |field: &'static str| corrupt("the header of the file makes no sense").with("field", field);

@@ -6,6 +6,7 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use kvkeep_core::Tier;
 
 use crate::key::KeyArg;
+use crate::sessions::args::SessionCommand;
 
 const EXIT_CODES: &str = "\
 Keys are hexadecimal (optionally with 0x), or text:ANY TEXT.
@@ -75,6 +76,9 @@ pub enum Command {
     /// Stored positions and their parts
     #[command(subcommand)]
     Block(BlockCommand),
+    /// Sessions: conversations, documents and agents
+    #[command(subcommand)]
+    Session(SessionCommand),
     /// DRAM and NVMe
     #[command(subcommand)]
     Tier(TierCommand),

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use kvkeep_client::{Call, Client, ClientConfig, Lost, Namespace, wire};
+use kvkeep_client::{Call, Client, ClientConfig, Lost, Namespace, Sessions, wire};
 use kvkeep_core::Handle;
 use kvkeep_core::ids::{NamespaceId, Revision};
 
@@ -48,6 +48,13 @@ impl Contact {
     /// The one that is meant: by name, tenant/name or number; the only one where none is named.
     pub async fn namespace(&self, name: Option<&str>) -> Outcome<wire::NamespaceInfo> {
         pick(self.namespaces().await?, name)
+    }
+
+    /// The same, and its sessions.
+    pub async fn sessions(&self, name: Option<&str>) -> Outcome<(wire::NamespaceInfo, Sessions)> {
+        let info = self.namespace(name).await?;
+        let handle = Handle { namespace: NamespaceId(info.namespace_id), revision: Revision(info.revision) };
+        Ok((info, self.client.attach(handle).sessions()))
     }
 
     /// The same, ready for the block verbs.

@@ -1,8 +1,9 @@
 //! `kvkeepctl`: what an operator asks of KVKeep.
 //!
 //! The map: `args` says what can be typed; `contact` holds one run's connection and choices; `show` puts wire messages into
-//! tables and JSON; `namespaces`, `blocks`, `node` and `events` are the commands; `demo` and `doctor` (with `checks`) stand
-//! alone. `output` writes, `failure` knows the exit codes, `key` and `units` read and write what people type and see.
+//! tables and JSON; `namespaces`, `blocks`, `sessions`, `node` and `events` are the commands; `demo` and `doctor` (with
+//! `checks`) stand alone. `output` writes, `failure` knows the exit codes, `key` and `units` read and write what people type
+//! and see.
 
 mod args;
 mod blocks;
@@ -17,6 +18,7 @@ mod kvkeepd;
 mod namespaces;
 mod node;
 mod output;
+mod sessions;
 mod show;
 mod units;
 
@@ -60,6 +62,7 @@ async fn run(args: Args, out: &Output) -> Outcome {
         Command::Block(BlockCommand::Show { namespace, key }) => {
             blocks::show(&contact, namespace.name(), key, out).await
         }
+        Command::Session(command) => sessions::run(&contact, command, out).await,
         Command::Tier(TierCommand::List) => node::tiers(&contact, None, out).await,
         Command::Tier(TierCommand::Show { tier }) => node::tiers(&contact, Some(*tier), out).await,
         Command::Lease(LeaseCommand::List { limit }) => node::leases(&contact, *limit, out).await,

@@ -28,13 +28,24 @@ fn a_wrong_command_line_exits_with_2() {
     for args in [&["frobnicate"][..], &["explain"], &["explain", "xyz"], &["block", "list", "--limit", "0"], &[]] {
         assert_eq!(ctl(args).status.code(), Some(2), "{args:?}");
     }
+    for args in ["list --attribute user", "show", "hint a", "hint a --finished --paused", "fork a", "truncate a x"] {
+        let args: Vec<_> = std::iter::once("session").chain(args.split(' ')).collect();
+        assert_eq!(ctl(&args).status.code(), Some(2), "{args:?}");
+    }
     assert_eq!(ctl(&["--endpoint", "ftp://x", "status"]).status.code(), Some(2));
 }
 
 #[test]
 fn nobody_there_exits_with_3_and_says_what_to_do() {
     let endpoint = nobody();
-    for args in [&["status"][..], &["namespace", "list"], &["explain", "text:key"], &["events"], &["scrub"]] {
+    for args in [
+        &["status"][..],
+        &["namespace", "list"],
+        &["explain", "text:key"],
+        &["events"],
+        &["scrub"],
+        &["session", "list"],
+    ] {
         let output = ctl(&[&["--endpoint", &endpoint], args].concat());
         assert_eq!(output.status.code(), Some(3), "{args:?}");
         let text = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -38,6 +38,11 @@ pub struct FileContents {
     pub(super) crc32: u32,
 }
 
+/// Reads what a file says of itself, and nothing behind that.
+pub async fn read_header<R: AsyncRead + Unpin>(from: &mut R) -> Result<FileHeader> {
+    Ok(FileReader::begin(from).await?.1)
+}
+
 /// Reads a whole file and checks it, without a server.
 pub async fn inspect<R: AsyncRead + Unpin>(from: &mut R, progress: OnProgress<'_>) -> Result<FileContents> {
     let (mut reader, header) = FileReader::begin(from).await?;

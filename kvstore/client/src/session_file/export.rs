@@ -199,15 +199,12 @@ impl Sessions {
         }
         for tries in 1.. {
             let again: Vec<usize> = (0..got.len()).filter(|i| may_come(&got[*i])).collect();
-            let Some(first) = again.first() else { break };
+            if again.is_empty() {
+                break;
+            }
             if tries == TRIES_MAX {
-                return match got[*first].reason {
-                    // It cannot be read however often one asks.
-                    Some(MissReason::Io) | None if got[*first].status == PartStatus::Miss => Ok(got),
-                    reason => Err(Error::new(ErrorKind::Unreachable, "the server does not give a part of the session")
-                        .with("status", got[*first].status)
-                        .with("reason", reason.map_or("none", MissReason::word))),
-                };
+                // What cannot be read however often one asks is missing; what nobody knows is an error.
+                return again.iter().find_map(|i| unknown(&got[*i])).map_or(Ok(got), Err);
             }
             let pause = again.iter().filter_map(|i| got[*i].retry_after).max().unwrap_or(PAUSE);
             tokio::time::sleep(pause.min(PAUSE_MAX)).await;
@@ -286,19 +283,29 @@ async fn write<W: AsyncWrite + Unpin>(writer: &mut FileWriter<'_, W>, index: u32
 
 /// Whether asking once more may bring a part, or say that there is none.
 fn may_come(part: &GotPart) -> bool {
-    match (part.status, part.reason) {
-        (PartStatus::Hit, _) => false,
-        (PartStatus::Miss, Some(reason)) => matches!(
-            reason,
-            MissReason::Late
-                | MissReason::Unreachable
-                | MissReason::Cancelled
-                | MissReason::Io
-                | MissReason::Pending
-                | MissReason::Restart
+    match part.status {
+        PartStatus::Hit => false,
+        PartStatus::Miss => is_lost(part.reason) || matches!(part.reason, Some(MissReason::Io | MissReason::Pending)),
+        PartStatus::Pending | PartStatus::Loading | PartStatus::Throttled => true,
+    }
+}
+
+/// Whether a reason says something of the server, and nothing of the part.
+fn is_lost(reason: Option<MissReason>) -> bool {
+    matches!(reason, Some(MissReason::Late | MissReason::Unreachable | MissReason::Cancelled))
+}
+
+/// Why it is not known whether a part is here.
+fn unknown(part: &GotPart) -> Option<Error> {
+    let message = "the server does not give a part of the session";
+    match part.status {
+        PartStatus::Throttled | PartStatus::Loading => {
+            Some(Error::new(ErrorKind::Refused(CoreKind::Throttled), message).with("status", part.status))
+        }
+        _ if is_lost(part.reason) => Some(
+            Error::new(ErrorKind::Unreachable, message).with("reason", part.reason.map_or("none", MissReason::word)),
         ),
-        (PartStatus::Miss, None) => false,
-        (PartStatus::Pending | PartStatus::Loading | PartStatus::Throttled, _) => true,
+        _ => None,
     }
 }
 

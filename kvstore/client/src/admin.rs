@@ -75,4 +75,18 @@ impl Admin {
             )
             .await
     }
+
+    /// Compares what sessions name with what is here. With `sweep` what no session names any more is reclaimed first.
+    pub async fn fsck(&self, sweep: bool, call: &Call) -> Result<v1::FsckReply> {
+        self.client
+            .shared
+            .unary(
+                "fsck",
+                call,
+                Safety::Repeatable,
+                |_| v1::FsckRequest { sweep },
+                |wire, r| async move { admin(wire).fsck(r).await },
+            )
+            .await
+    }
 }

@@ -103,6 +103,15 @@ pub enum Command {
         #[arg(long, default_value_t = 600, value_name = "S")]
         wait_s: u32,
     },
+    /// Compares what sessions name with what is stored
+    Fsck {
+        /// First reclaim blocks that no session names any more
+        #[arg(long)]
+        sweep: bool,
+        /// Wait at most so many seconds for the answer
+        #[arg(long, default_value_t = 600, value_name = "S", value_parser = clap::value_parser!(u32).range(1..=86_400))]
+        wait_s: u32,
+    },
     /// Starts a node of its own, stores blocks, kills it with SIGKILL, and reads them back
     Demo(DemoArgs),
     /// Checks this machine for running a node, and whether the endpoint answers

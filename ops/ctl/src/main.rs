@@ -1,9 +1,9 @@
 //! `kvkeepctl`: what an operator asks of KVKeep.
 //!
 //! The map: `args` says what can be typed; `contact` holds one run's connection and choices; `show` puts wire messages into
-//! tables and JSON; `namespaces`, `blocks`, `sessions`, `node` and `events` are the commands; `demo` and `doctor` (with
-//! `checks`) stand alone. `output` writes, `failure` knows the exit codes, `key` and `units` read and write what people type
-//! and see.
+//! tables and JSON; `namespaces`, `blocks`, `sessions`, `fsck`, `node` and `events` are the commands; `demo` and `doctor`
+//! (with `checks`) stand alone. `output` writes, `failure` knows the exit codes, `key` and `units` read and write what people
+//! type and see.
 
 mod args;
 mod blocks;
@@ -13,6 +13,7 @@ mod demo;
 mod doctor;
 mod events;
 mod failure;
+mod fsck;
 mod key;
 mod kvkeepd;
 mod namespaces;
@@ -69,6 +70,7 @@ async fn run(args: Args, out: &Output) -> Outcome {
         Command::Explain { namespace, key } => blocks::explain(&contact, namespace.name(), key, out).await,
         Command::Events(events) => events::run(&contact, events, out).await,
         Command::Scrub { tier, wait_s } => node::scrub(&contact, *tier, *wait_s, out).await,
+        Command::Fsck { sweep, wait_s } => fsck::run(&contact, *sweep, *wait_s, out).await,
         Command::Demo(_) | Command::Doctor(_) => Ok(()), // done above
     }
 }

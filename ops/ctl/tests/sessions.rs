@@ -177,3 +177,18 @@ async fn a_session_is_carried_to_another_server_byte_for_byte() {
     assert_eq!((code, &error["kind"]), (1, &"corrupt".into()));
     assert_eq!(fails(&there, &["session", "show", "c"]).1["kind"], "unknown_session");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fsck_finds_what_a_durable_session_lacks() {
+    let node = Node::start(Options::default());
+    let ns = a_session(&node, "a").await;
+    let sound = ask(&node, "fsck", &["fsck"]);
+    assert_eq!((&sound["sessions"], &sound["positions"]), (&1.into(), &POSITIONS.into()));
+    assert_eq!((&sound["missing_positions"], &sound["unreferenced_blocks"]), (&0.into(), &0.into()));
+    ns.remove(&[payload::key(CHAIN, 5)], &Call::default()).await.expect("a removal");
+    let output = ctl(&node, &["--json", "fsck", "--sweep"]);
+    assert_eq!(output.status.code(), Some(1));
+    let bad: Value = serde_json::from_slice(&output.stdout).expect("the answer");
+    assert_eq!(bad["missing_positions"], 1);
+    assert_eq!((&bad["missing"][0]["session_id"], &bad["missing"][0]["position"]), (&"a".into(), &5.into()));
+}

@@ -10,7 +10,7 @@ mod explain;
 mod file;
 mod read;
 mod restore;
-mod words;
+pub mod words;
 
 use crate::contact::Contact;
 use crate::failure::Outcome;

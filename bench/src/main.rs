@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use kvkeep_bench::{device, grpc, load, main_job, matching, peers, policy, replay};
+use kvkeep_bench::{background, device, grpc, load, main_job, matching, peers, policy, replay, tiers};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Load, replay and comparisons for KVKeep.
@@ -32,6 +32,10 @@ enum Command {
     Peers(peers::PeersCommand),
     /// What eviction policies would keep of a trace, beside the best possible; no node needed
     Policy(policy::PolicyCommand),
+    /// What DRAM and NVMe of a node serve of a trace, simulated and live
+    Tiers(tiers::TiersCommand),
+    /// What gets from DRAM feel of scrubs and of writing behind
+    Background(background::BackgroundCommand),
     /// The bare service that `grpc` compares with
     #[command(hide = true)]
     BareServer(grpc::bare::BareCommand),
@@ -50,6 +54,8 @@ async fn run(command: Command) -> anyhow::Result<bool> {
         Command::Device(c) => device::command(c).await,
         Command::Peers(c) => peers::command(c).await,
         Command::Policy(c) => policy::command(c).await,
+        Command::Tiers(c) => tiers::command(c).await,
+        Command::Background(c) => background::command(c).await,
         Command::PeersReference(c) => peers::references::server::command(c).await,
         Command::BareServer(c) => grpc::bare::command(c).await,
     }

@@ -12,7 +12,7 @@ pub mod replay;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io::IsTerminal as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
@@ -154,11 +154,11 @@ pub fn measure(command: &PolicyCommand) -> anyhow::Result<PolicyReport> {
     for capacity in &command.capacities {
         ensure!((0.0..=100.0).contains(capacity) && *capacity > 0.0, "a capacity is above 0 and at most 100 %");
     }
-    let (source, mut trace) = prepare(command)?;
+    let (source, mut trace) = prepare(&command.trace, command.limit)?;
     if hints != Hints::default() {
         hints::give(&mut trace, hints, command.seed);
     }
-    let blocks = |percent: f64| ((trace.unique as f64 * percent / 100.0).round() as usize).max(1);
+    let blocks = |percent| trace.blocks(percent);
     let progress = Progress::new(&command.policies, &command.capacities, trace.turns.len());
     // Everybody is measured by Belady, asked for or not.
     let best: Vec<(u64, Duration)> = command
@@ -217,9 +217,10 @@ pub fn measure(command: &PolicyCommand) -> anyhow::Result<PolicyReport> {
     })
 }
 
-fn prepare(command: &PolicyCommand) -> anyhow::Result<(Source, Prepared)> {
-    let workload = reader::open(&command.trace)?;
-    let requests = workload.requests.take(command.limit.unwrap_or(usize::MAX));
+/// Reads a trace into memory: its first `limit` requests.
+pub(crate) fn prepare(trace: &Path, limit: Option<usize>) -> anyhow::Result<(Source, Prepared)> {
+    let workload = reader::open(trace)?;
+    let requests = workload.requests.take(limit.unwrap_or(usize::MAX));
     let requests = requests.collect::<anyhow::Result<Vec<_>>>().context("the trace is read into memory")?;
     let said = requests.into_iter().map(|r| {
         let info = RequestInfo {

@@ -69,6 +69,23 @@ impl Prepared {
         }
     }
 
+    /// So many blocks are `percent` % of the different ones; one at least.
+    pub fn blocks(&self, percent: f64) -> usize {
+        ((self.unique as f64 * percent / 100.0).round() as usize).max(1)
+    }
+
+    /// What names a block in a directory.
+    pub(crate) fn digest(&self, block: u32) -> &Digest {
+        &self.digests[block as usize]
+    }
+
+    /// Makes `meta` that of the block at `position` of a turn.
+    pub(crate) fn describe(&self, turn: &Turn, position: usize, meta: &mut BlockMeta) {
+        meta.id.digest = *self.digest(turn.blocks[position]);
+        meta.position = position as u32;
+        meta.parent = position.checked_sub(1).map(|before| *self.digest(turn.blocks[before]));
+    }
+
     /// Tokens that the first `blocks` blocks of a turn cover.
     pub fn tokens(&self, turn: &Turn, blocks: usize) -> u64 {
         (blocks as u64 * u64::from(self.tokens_per_block)).min(u64::from(turn.info.input_tokens))
@@ -94,9 +111,7 @@ pub fn replay(trace: &Prepared, kind: PolicyKind, capacity: usize, tick: &mut dy
             directory.access(&trace.digests[*block as usize], &turn.info, now);
         }
         for (position, block) in turn.blocks.iter().enumerate().skip(hits) {
-            meta.id.digest = trace.digests[*block as usize];
-            meta.position = position as u32;
-            meta.parent = position.checked_sub(1).map(|before| trace.digests[turn.blocks[before] as usize]);
+            trace.describe(turn, position, &mut meta);
             let slot = SlotRef::from_raw(u64::from(*block) + 1).expect("not zero");
             match directory.insert(&meta, &format, Placed::Dram(slot), &turn.info, now) {
                 Ok(Inserted::Stored) => resident += 1,
@@ -117,7 +132,8 @@ pub fn replay(trace: &Prepared, kind: PolicyKind, capacity: usize, tick: &mut dy
     Ok(hit_tokens)
 }
 
-fn format(tokens_per_block: u32) -> Format {
+/// The format that a trace is replayed under.
+pub(crate) fn format(tokens_per_block: u32) -> Format {
     Format {
         model: "replay".into(),
         dtype: "bf16".into(),
@@ -137,7 +153,8 @@ fn format(tokens_per_block: u32) -> Format {
     }
 }
 
-fn meta() -> BlockMeta {
+/// What all blocks of a replay have in common.
+pub(crate) fn meta() -> BlockMeta {
     BlockMeta {
         id: BlockId {
             digest: DigestKey::from_bytes([0; 16]).digest(KeyDomain(0), HANDLE, b""),

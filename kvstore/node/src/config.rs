@@ -433,8 +433,8 @@ impl Config {
             return Err(bad("arena.bytes is at least 64MiB").with("arena.bytes", self.arena.bytes));
         }
         let (low, high) = (self.arena.low_watermark_percent, self.arena.high_watermark_percent);
-        if low == 0 || low >= high || high > 50 {
-            return Err(bad("arena watermarks are 0 < low_watermark_percent < high_watermark_percent <= 50")
+        if low == 0 || low >= high || high > 75 {
+            return Err(bad("arena watermarks are 0 < low_watermark_percent < high_watermark_percent <= 75")
                 .with("arena.low_watermark_percent", low)
                 .with("arena.high_watermark_percent", high));
         }

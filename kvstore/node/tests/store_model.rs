@@ -128,6 +128,8 @@ impl World {
         let wish = ReserveWish {
             keeper: kvkeep_core::words::Keeper::Caller,
             handle: self.handle,
+            request: RequestId::default(),
+            info: RequestInfo::default(),
             parent: index.checked_sub(1).map(|before| key(chain, before)),
             first_position: u32::from(index),
             positions: vec![PositionWish {

@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use crate::block::{NvmePlace, SlotRef};
 use crate::ids::{Digest, GroupId, Handle, Instant, ShardId, Version};
 use crate::policy::Access;
+use crate::policy::sage::fit::{Fit, Fitted};
 use crate::words::{Class, RequestInfo, Tier};
 
 use super::Directory;
@@ -91,6 +92,23 @@ impl Directory {
     /// or policy), and the policy goes on with what it has: at first, with nothing.
     pub fn load_learned(&mut self, bytes: &[u8]) -> bool {
         self.policy.load(bytes)
+    }
+
+    /// From now on the caller asks [`Directory::begin_fit`] now and then, so that no other call learns, which takes
+    /// milliseconds. Who says so and does not ask has the policy learn late, in whichever call comes then.
+    pub fn fit_elsewhere(&mut self) {
+        self.policy.fit_elsewhere();
+    }
+
+    /// What the policy should learn from, where it is time to: [`Fit::run`] needs no lock, and its outcome goes to
+    /// [`Directory::end_fit`].
+    pub fn begin_fit(&mut self) -> Option<Fit> {
+        self.policy.begin_fit()
+    }
+
+    /// The policy goes by what was learned from now on.
+    pub fn end_fit(&mut self, fitted: Fitted) {
+        self.policy.end_fit(fitted);
     }
 
     /// Positions that the policy remembers although they left.

@@ -25,6 +25,22 @@ impl Directory {
         now: Instant,
         accessed: Instant,
     ) -> Result<(Option<LeaseId>, Vec<bool>)> {
+        self.lease_beside(ask, digests, info, now, accessed, None)
+    }
+
+    /// The same beside another lease of the same request: what that one holds was counted as accessed when it was taken.
+    ///
+    /// # Errors
+    /// As [`Directory::lease`].
+    pub fn lease_beside(
+        &mut self,
+        ask: &LeaseAsk,
+        digests: &[Digest],
+        info: &RequestInfo,
+        now: Instant,
+        accessed: Instant,
+        counted: Option<LeaseId>,
+    ) -> Result<(Option<LeaseId>, Vec<bool>)> {
         let (lease, new) = self.open_lease(ask, now)?;
         let here = digests.iter().map(|d| self.slab.find(d).filter(|id| !self.slab[*id].parts.is_empty()));
         let here: Vec<Option<EntryId>> = here.collect();
@@ -36,7 +52,10 @@ impl Directory {
         }
         // The deepest first, so that a parent is never older than its child.
         for id in fresh.into_iter().rev() {
-            self.access_entry(id, info, accessed);
+            let holds = |other: LeaseId| self.leases.get(other).is_some_and(|lease| lease.positions.contains(id));
+            if !counted.is_some_and(holds) {
+                self.access_entry(id, info, accessed);
+            }
         }
         let empty = self.end_if_empty(lease, new);
         Ok(((!empty).then_some(lease), here.iter().map(Option::is_some).collect()))
@@ -73,6 +92,11 @@ impl Directory {
                 None => drop(self.parting.pop_front()),
             }
         }
+        !self.parting.is_empty()
+    }
+
+    /// Whether there is anything for [`Directory::part`] to do.
+    pub fn is_parting(&self) -> bool {
         !self.parting.is_empty()
     }
 

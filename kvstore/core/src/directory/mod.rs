@@ -43,6 +43,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::ids::{BlockId, Digest, GroupId, Handle, Instant, LeaseId, ShardId, Version};
 use crate::lease::{LeaseLimits, LeaseTable, Parting};
+pub use crate::policy::sage::fit::{Fit, Fitted};
 use crate::policy::{self, Policy, sage::GHOSTS_MAX};
 use crate::words::{Class, Fidelity, Keeper, MissReason, PolicyKind, RequestInfo};
 

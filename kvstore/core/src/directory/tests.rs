@@ -430,6 +430,22 @@ fn a_fork_keeps_its_state() {
 }
 
 #[test]
+fn what_a_lease_of_the_same_request_holds_is_not_accessed_again() {
+    let f = format(&[(Rule::All, 1, 1)]);
+    let mut dir = directory();
+    put_chain(&mut dir, &f, 3, true);
+    let uses = |dir: &Directory| {
+        digests(0..3).iter().map(|d| dir.locate(d, GroupId(0), ShardId(0)).unwrap().accesses).collect::<Vec<_>>()
+    };
+    dir.lease(&ask(1, b"r", 5), &digests(0..2), &INFO, Instant(1), Instant(1)).unwrap();
+    assert_eq!(uses(&dir), [2, 2, 1]);
+    let counted = dir.lease_of_request(InstanceId([1; 16]), &RequestId::new(b"r").unwrap());
+    assert_eq!(counted, Some(LeaseId(5)));
+    dir.lease_beside(&ask(1, b"", 6), &digests(0..3), &INFO, Instant(2), Instant(2), counted).unwrap();
+    assert_eq!(uses(&dir), [2, 2, 2]);
+}
+
+#[test]
 fn a_leased_spare_part_stays_until_the_lease_ends() {
     let f = format(&[(Rule::All, 1, 1), (Rule::State, 1, 1)]);
     let mut dir = directory();

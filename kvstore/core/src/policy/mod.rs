@@ -15,6 +15,8 @@ use crate::directory::slab::Slab;
 use crate::ids::Instant;
 use crate::words::{PolicyKind, RequestInfo};
 
+use self::sage::fit::{Fit, Fitted};
+
 /// What stands in the way of evicting a position from a level now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Obstacle {
@@ -100,6 +102,17 @@ pub(crate) trait Policy: Send {
     fn load(&mut self, _bytes: &[u8]) -> bool {
         false
     }
+
+    /// From now on somebody asks for what is to be learned, and learns apart from here.
+    fn fit_elsewhere(&mut self) {}
+
+    /// What is to be learned from, if it is time to.
+    fn begin_fit(&mut self) -> Option<Fit> {
+        None
+    }
+
+    /// Takes over what came of [`Policy::begin_fit`].
+    fn end_fit(&mut self, _fitted: Fitted) {}
 
     /// Positions that it remembers although they left.
     fn ghosts(&self) -> usize {

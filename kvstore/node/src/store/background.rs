@@ -34,8 +34,10 @@ impl Store {
         self.tasks.spawn(async move { store.free_places(&background.refused).await });
         self.tasks.spawn(Arc::clone(self).keep_dram_free());
         self.tasks.spawn(Arc::clone(self).tick());
+        self.tasks.spawn(Arc::clone(self).part_released());
         self.tasks.spawn(Arc::clone(self).free_what_is_over());
         self.tasks.spawn(Arc::clone(self).load_warm_set());
+        self.tasks.spawn(Arc::clone(self).learn());
         self.tasks.spawn(Arc::clone(self).keep_learned());
         self.tasks.spawn(Arc::clone(self).scrub_dram());
         self.tasks.spawn(Arc::clone(self).scrub_nvme());
@@ -77,7 +79,17 @@ impl Store {
         while self.directory.lock().part(SLICE_KEYS) {
             tokio::task::yield_now().await;
         }
-        self.room.notify_waiters();
+        self.may_leave();
+    }
+
+    /// The same as soon as a large lease was released: what it held need not wait for a tick.
+    async fn part_released(self: Arc<Self>) {
+        loop {
+            tokio::select! {
+                () = self.stopping.cancelled() => return,
+                () = self.parting.notified() => self.part_leases().await,
+            }
+        }
     }
 
     /// Frees what is over: it waits for the device, which the ticks must not.
@@ -155,7 +167,7 @@ impl Store {
             }
             let slots: Vec<_> = self.arena.slots().collect();
             for slice in slots.chunks(SCRUB_BLOCKS) {
-                let bytes = self.scrub_slots(slice);
+                let bytes = self.scrub_aside(slice).await;
                 if !self.pause_for(bytes, rate).await {
                     return;
                 }
@@ -163,8 +175,13 @@ impl Store {
         }
     }
 
-    /// Checks some slots; how many bytes they had.
-    pub(super) fn scrub_slots(&self, slots: &[SlotRef]) -> u64 {
+    /// Checks some slots on a thread where nobody is served meanwhile; how many bytes they had.
+    pub(super) async fn scrub_aside(self: &Arc<Self>, slots: &[SlotRef]) -> u64 {
+        let (store, slots) = (Arc::clone(self), slots.to_vec());
+        tokio::task::spawn_blocking(move || store.scrub_slots(&slots)).await.unwrap_or_default()
+    }
+
+    fn scrub_slots(&self, slots: &[SlotRef]) -> u64 {
         let mut bytes = 0;
         for slot in slots {
             let Some(part) = self.arena.pin(*slot) else { continue };

@@ -163,7 +163,7 @@ impl Store {
         }
         drop(claim);
         self.behind.queued.lock().remove(&meta.id);
-        self.room.notify_waiters();
+        self.may_leave();
     }
 
     /// Writes a published slot to NVMe and tells the directory. The caller holds the block's claim.

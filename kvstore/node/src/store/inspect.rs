@@ -299,9 +299,8 @@ impl Store {
                 let before = self.counters.corrupt_copies.get();
                 let slots: Vec<_> = self.arena.slots().collect();
                 for slice in slots.chunks(16) {
-                    reply.checked_bytes += self.scrub_slots(slice);
+                    reply.checked_bytes += self.scrub_aside(slice).await;
                     reply.checked_blocks += slice.len() as u64;
-                    tokio::task::yield_now().await;
                 }
                 reply.bad_blocks = self.counters.corrupt_copies.get() - before;
             }

@@ -15,6 +15,8 @@ use super::Store;
 
 /// Between two writes: how much of what was learned a crash may cost.
 const SAVE_EVERY: Duration = Duration::from_secs(300);
+/// Between two looks whether it is time to learn. Short, for a replay that is faster than the clock.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// Largest file that is read; what is written is a few hundred KiB.
 const BYTES_MAX: u64 = 16 << 20;
 
@@ -51,6 +53,20 @@ impl Store {
         let path = path(&self.config.data_dir);
         if let Err(error) = write(&path, &bytes) {
             tracing::warn!(path = %path.display(), %error, "what the policy has learned was not written");
+        }
+    }
+
+    /// Lets the policy learn when it is time to, beside the calls: they wait for the copy of what was observed at most.
+    pub(super) async fn learn(self: Arc<Self>) {
+        loop {
+            tokio::select! {
+                () = self.stopping.cancelled() => return,
+                () = tokio::time::sleep(LOOK_EVERY) => {}
+            }
+            let Some(fit) = self.directory.lock().begin_fit() else { continue };
+            if let Ok(fitted) = tokio::task::spawn_blocking(move || fit.run()).await {
+                self.directory.lock().end_fit(fitted);
+            }
         }
     }
 

@@ -15,7 +15,7 @@ use kvkeep_core::{
 };
 use kvkeep_tiers::dram::Purpose;
 
-use super::put::Caller;
+use super::put::{Caller, ReserveWish};
 use super::{SLICE_KEYS, Store};
 
 /// A lease, and how long it runs from now.
@@ -138,16 +138,24 @@ impl Store {
         Ok((granted.and_then(|id| Some((id, self.left_of(id)?))), statuses))
     }
 
-    /// Holds what a reserve found present until the append it serves is answered.
-    pub(super) fn lease_present(&self, caller: Caller, handle: Handle, digests: &[Digest]) -> Option<LeaseId> {
+    /// Holds what a reserve found present until the append it serves is answered. An access, unless the request's own lease
+    /// holds it: then it was counted.
+    pub(super) fn lease_present(&self, caller: Caller, wish: &ReserveWish, digests: &[Digest]) -> Option<LeaseId> {
         if digests.is_empty() {
             return None;
         }
         // Of its own, not the request's: it ends with the append, not with the request. A client over its bounds still
         // gets its answer; it just holds nothing.
-        let request = RequestId::default();
-        let info = RequestInfo::default();
-        self.lease(caller, request, handle, digests, self.reservation_term(), &info).ok()?.0.map(|(id, _)| id)
+        let ask = self.ask(caller, RequestId::default(), wish.handle, self.reservation_term());
+        let mut granted = None;
+        for slice in digests.chunks(SLICE_KEYS) {
+            let mut directory = self.directory.lock();
+            let counted = directory.lease_of_request(caller.instance, &wish.request);
+            let (now, accessed) = (self.clock.monotonic(), self.clock.policy());
+            let (lease, _) = directory.lease_beside(&ask, slice, &wish.info, now, accessed, counted).ok()?;
+            granted = lease.or(granted);
+        }
+        granted
     }
 
     /// Renews a lease of this instance; how long it runs from now.
@@ -175,7 +183,10 @@ impl Store {
                 self.mapped.release(caller.instance, id);
             }
         }
-        self.room.notify_waiters();
+        if self.directory.lock().is_parting() {
+            self.parting.notify_one();
+        }
+        self.may_leave();
         released
     }
 

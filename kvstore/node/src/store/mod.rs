@@ -32,7 +32,7 @@ mod warm;
 pub mod write;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use kvkeep_core::catalogue::{Command, Namespace, Outcome};
@@ -107,8 +107,12 @@ pub struct Store {
     /// Told when memory was freed, or may have been.
     room: Notify,
     nvme_room: room::NvmeRoom,
-    /// Told when memory was taken.
+    /// Told when memory was taken, or when what kept DRAM from its watermark has ended.
     pressure: Notify,
+    /// DRAM is below its watermark and what should leave cannot yet.
+    short: AtomicBool,
+    /// Told when a large lease has ended.
+    parting: Notify,
     prefetch_queue: Arc<Semaphore>,
     prefetch_turns: Semaphore,
     watchers: AtomicU32,

@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::time::Duration;
 
 use kvkeep_core::catalogue::{Command, DEFAULT_TENANT, Outcome};
@@ -88,6 +88,7 @@ impl Store {
         };
         let arena = open_arena(&config, &data_dir, &views, &mut directory, &mut report)?;
         learned::load(&data_dir, &mut directory);
+        directory.fit_elsewhere();
         let mut refused = Vec::new();
         let nvme = nvme.map(|nvme| {
             arena.set_registrar(Arc::new(DiskRegistrar(nvme.disk)));
@@ -121,6 +122,8 @@ impl Store {
             room: Notify::new(),
             nvme_room: Default::default(),
             pressure: Notify::new(),
+            short: AtomicBool::new(false),
+            parting: Notify::new(),
             prefetch_queue: Arc::new(Semaphore::new(limits.prefetch_queue_max as usize)),
             prefetch_turns: Semaphore::new(PREFETCH_READS_MAX),
             watchers: AtomicU32::new(0),

@@ -13,7 +13,8 @@ use kvkeep_core::checksum::RunningSums;
 use kvkeep_core::directory::{Inserted, Placed, RemovedPart};
 use kvkeep_core::{
     BlockId, BlockMeta, ChunkSums, Class, Digest, Error, ErrorKind, Fidelity, Format, GroupId, Handle, InstanceId,
-    Keeper, Key, LeaseId, MissReason, NvmePlace, RequestInfo, Result, ShardId, SlotRef, TenantId, Tier, Version,
+    Keeper, Key, LeaseId, MissReason, NvmePlace, RequestId, RequestInfo, Result, ShardId, SlotRef, TenantId, Tier,
+    Version,
 };
 use kvkeep_tiers::nvme::BlockCopy;
 
@@ -58,6 +59,10 @@ pub struct PositionWish {
 pub struct ReserveWish {
     /// Namespace and revision.
     pub handle: Handle,
+    /// The request that it serves.
+    pub request: RequestId,
+    /// What it says of itself.
+    pub info: RequestInfo,
     /// Key of the position before the first.
     pub parent: Option<Key>,
     /// Index of the first position.
@@ -234,7 +239,7 @@ impl Store {
         self.counters
             .put_present_parts
             .add(out.answers.iter().filter(|a| matches!(a, PartAnswer::Present { .. })).count() as u64);
-        out.lease = self.lease_present(caller, wish.handle, &present);
+        out.lease = self.lease_present(caller, &wish, &present);
         Ok(out)
     }
 

@@ -207,6 +207,8 @@ impl Store {
                 continue;
             }
             let mut wanted = share(self.config.arena.high_watermark_percent).saturating_sub(usage.free_bytes);
+            // Before the look, so that what ends during it is not missed.
+            self.short.store(true, Ordering::Release);
             while wanted > 0 {
                 let freed = self.evict_dram(wanted);
                 if freed == 0 {
@@ -215,6 +217,17 @@ impl Store {
                 wanted = wanted.saturating_sub(freed);
                 tokio::task::yield_now().await;
             }
+            if wanted == 0 {
+                self.short.store(false, Ordering::Release);
+            }
+        }
+    }
+
+    /// Something has ended that may have kept blocks in DRAM: a write to NVMe, a lease.
+    pub(super) fn may_leave(&self) {
+        self.room.notify_waiters();
+        if self.short.swap(false, Ordering::AcqRel) {
+            self.pressure.notify_one();
         }
     }
 

@@ -17,7 +17,7 @@ impl Verbs {
     pub async fn reserve(&self, call: &Call, wish: v1::ReserveRequest) -> Answer<v1::ReserveReply> {
         let parts: usize = wish.positions.iter().map(|p| p.parts.len().max(1)).sum();
         self.keys_within(parts)?;
-        let wish = reserve_wish(wish)?;
+        let wish = reserve_wish(call, wish)?;
         let reserves = self.store.reserve(call.caller, wish, call.deadline).await?;
         failpoint::at("reserve.granted");
         let answers = reserves.answers.into_iter().map(|a| v1::PartAnswer { answer: Some(spell_answer(a)) }).collect();
@@ -71,7 +71,7 @@ impl Verbs {
     }
 }
 
-fn reserve_wish(wish: v1::ReserveRequest) -> Result<ReserveWish, Error> {
+fn reserve_wish(call: &Call, wish: v1::ReserveRequest) -> Result<ReserveWish, Error> {
     let positions = wish
         .positions
         .into_iter()
@@ -95,6 +95,8 @@ fn reserve_wish(wish: v1::ReserveRequest) -> Result<ReserveWish, Error> {
         .collect::<Result<_, Error>>()?;
     Ok(ReserveWish {
         handle: convert::handle_from_proto(wish.handle)?,
+        request: call.context.request_id.clone(),
+        info: call.context.info,
         parent: if wish.parent_key.is_empty() { None } else { Some(Key::new(&wish.parent_key)?) },
         first_position: wish.first_position,
         positions,

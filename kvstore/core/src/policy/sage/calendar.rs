@@ -19,6 +19,7 @@ const LEVELS: usize = 19;
 const COUNTS: usize = RING as usize * LEVELS;
 
 /// Counts of open positions. See the module.
+#[derive(Clone)]
 pub(crate) struct Calendar {
     /// First unit of time (of [`SLOT_MS`]) that each level covers; the level above it ends there. A multiple of twice the
     /// level's width.

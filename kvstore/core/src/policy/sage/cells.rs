@@ -11,7 +11,7 @@ use crate::ids::Instant;
 
 use super::ages::{Ages, BUCKETS};
 use super::classes::{CLASSES, ClassId};
-use super::hazards::Hazards;
+use super::hazards::Index;
 
 /// All cells.
 pub(super) const CELLS: usize = CLASSES * BUCKETS;
@@ -41,12 +41,12 @@ const _: () = assert!(CELLS <= u16::MAX as usize, "cells are numbered by 16 bits
 
 impl Ranks {
     /// By index; of equal ones the older bucket first, then by class.
-    pub(super) fn new(hazards: &Hazards) -> Self {
+    pub(super) fn new(index: &Index) -> Self {
         let mut order: Vec<(f32, usize, u16)> = Vec::with_capacity(CELLS);
         for class in 0..CLASSES {
             for bucket in 0..BUCKETS {
                 let id = ClassId(class as u8);
-                order.push((hazards.index(id, bucket), BUCKETS - bucket, cell(id, bucket) as u16));
+                order.push((index[class][bucket], BUCKETS - bucket, cell(id, bucket) as u16));
             }
         }
         order.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)).then(a.2.cmp(&b.2)));

@@ -28,6 +28,8 @@ const HALF_LIFE_MS: f64 = 24.0 * 3600.0 * 1000.0;
 /// Per noise, how many buckets around the estimate the next use is believed to come in, at first.
 const BELIEVED_SPREAD: [usize; NOISES] = [4, 8, 14];
 
+/// Hits per second by class and age.
+pub(crate) type Index = Box<[[f32; BUCKETS]; CLASSES]>;
 /// Something per bucket of ages.
 pub(crate) type PerBucket = [f64; BUCKETS];
 const NOTHING: PerBucket = [0.0; BUCKETS];
@@ -39,7 +41,7 @@ pub(crate) struct Hazards {
     /// Positions that nobody watches any more, by class and the age at which they were lost sight of.
     pub(crate) lost: Box<[PerBucket; CLASSES]>,
     /// Hits per second by class and age, as of the last fit.
-    index: Box<[[f32; BUCKETS]; CLASSES]>,
+    index: Index,
     faded: Option<Instant>,
 }
 
@@ -98,7 +100,7 @@ impl Hazards {
             index: Box::new([[0.0; BUCKETS]; CLASSES]),
             faded: None,
         };
-        hazards.fit(ages, &Calendar::new(), Instant(0));
+        hazards.index = hazards.seen(&Calendar::new(), Instant(0)).learn(ages);
         hazards
     }
 
@@ -112,16 +114,56 @@ impl Hazards {
         self.lost[class.index()][age] += f64::from(weight);
     }
 
-    /// The index of a cell: hits per second of room.
-    pub(crate) fn index(&self, class: ClassId, age: usize) -> f32 {
-        self.index[class.index()][age]
+    /// Hits per second of room by class and age.
+    pub(crate) fn index(&self) -> &Index {
+        &self.index
     }
 
-    /// Learns from what was observed until now.
-    pub(crate) fn fit(&mut self, ages: &Ages, calendar: &Calendar, now: Instant) {
+    /// Takes over what was learned.
+    pub(crate) fn set_index(&mut self, index: Index) {
+        self.index = index;
+    }
+
+    /// What was observed until now, those still open included, for [`Seen::learn`].
+    pub(crate) fn seen(&mut self, calendar: &Calendar, now: Instant) -> Seen {
         self.fade(now);
-        let observed: Vec<Observed> =
-            (0..CLASSES).map(|c| self.observed(ages, calendar, ClassId(c as u8), now)).collect();
+        Seen { used: self.used.clone(), lost: self.lost.clone(), calendar: calendar.clone(), now }
+    }
+
+    fn fade(&mut self, now: Instant) {
+        if let Some(before) = self.faded.filter(|before| *before < now) {
+            let factor = fading(now, before);
+            for seen in self.used.iter_mut().chain(self.lost.iter_mut()).flatten() {
+                *seen *= factor;
+            }
+        }
+        self.faded = Some(now);
+    }
+
+    /// What is known of each class now, those still open included, in the form of `lost`: for a snapshot.
+    pub(crate) fn open_and_lost(&self, ages: &Ages, calendar: &Calendar, now: Instant) -> Box<[PerBucket; CLASSES]> {
+        let mut lost = self.lost.clone();
+        for (class, lost) in lost.iter_mut().enumerate() {
+            calendar.visit(ClassId(class as u8), |at, count| {
+                lost[ages.since(now, at)] += f64::from(count) * fading(now, at);
+            });
+        }
+        lost
+    }
+}
+
+/// A copy of what was observed, to be learned from apart from where observations are made.
+pub(crate) struct Seen {
+    used: Box<[PerBucket; CLASSES]>,
+    lost: Box<[PerBucket; CLASSES]>,
+    calendar: Calendar,
+    now: Instant,
+}
+
+impl Seen {
+    /// The index that follows from it.
+    pub(crate) fn learn(&self, ages: &Ages) -> Index {
+        let observed: Vec<Observed> = (0..CLASSES).map(|c| self.observed(ages, ClassId(c as u8))).collect();
         let mut whole = Observed::none();
         let mut coarse: [Observed; COARSE] = std::array::from_fn(|_| Observed::none());
         let mut ended: [Observed; TRUSTS] = std::array::from_fn(|_| Observed::none());
@@ -145,6 +187,7 @@ impl Hazards {
         let whole = whole.hazards(FIRST_PRIOR, |k| if k == 0 { 6.0 * FIRST_HAZARD } else { FIRST_HAZARD });
         let coarse = coarse.map(|seen| seen.hazards(COARSE_PRIOR, |k| whole[k]));
         let ended = ended.map(|seen| seen.hazards(COARSE_PRIOR, |k| whole[k] * ENDED_BELIEF));
+        let mut index: Index = Box::new([[0.0; BUCKETS]; CLASSES]);
         for (class, seen) in observed.iter().enumerate() {
             let hazards = match ClassId(class as u8).sort() {
                 Sort::History { coarse: c } => seen.hazards(CLASS_PRIOR, |k| coarse[c][k]),
@@ -158,35 +201,16 @@ impl Hazards {
                     })
                 }
             };
-            gittins(ages, &hazards, &mut self.index[class]);
+            gittins(ages, &hazards, &mut index[class]);
         }
+        index
     }
 
-    fn fade(&mut self, now: Instant) {
-        if let Some(before) = self.faded.filter(|before| *before < now) {
-            let factor = fading(now, before);
-            for seen in self.used.iter_mut().chain(self.lost.iter_mut()).flatten() {
-                *seen *= factor;
-            }
-        }
-        self.faded = Some(now);
-    }
-
-    fn observed(&self, ages: &Ages, calendar: &Calendar, class: ClassId, now: Instant) -> Observed {
+    fn observed(&self, ages: &Ages, class: ClassId) -> Observed {
         let mut open = self.lost[class.index()];
-        calendar.visit(class, |at, count| open[ages.since(now, at)] += f64::from(count) * fading(now, at));
+        let now = self.now;
+        self.calendar.visit(class, |at, count| open[ages.since(now, at)] += f64::from(count) * fading(now, at));
         Observed::new(&self.used[class.index()], &open)
-    }
-
-    /// What is known of each class now, those still open included, in the form of `lost`: for a snapshot.
-    pub(crate) fn open_and_lost(&self, ages: &Ages, calendar: &Calendar, now: Instant) -> Box<[PerBucket; CLASSES]> {
-        let mut lost = self.lost.clone();
-        for (class, lost) in lost.iter_mut().enumerate() {
-            calendar.visit(ClassId(class as u8), |at, count| {
-                lost[ages.since(now, at)] += f64::from(count) * fading(now, at);
-            });
-        }
-        lost
     }
 }
 

@@ -18,12 +18,14 @@ mod calendar;
 mod cells;
 mod classes;
 mod clients;
+pub(crate) mod fit;
 mod ghosts;
 mod hazards;
 mod snapshot;
 #[cfg(test)]
 mod tests;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::directory::entry::{Entry, EntryId, Level};
@@ -37,6 +39,7 @@ use self::calendar::Calendar;
 use self::cells::{Cells, Ranks};
 use self::classes::{ClassId, Seen, Sort};
 use self::clients::Clients;
+use self::fit::{Fit, Fits, Fitted};
 use self::ghosts::{Fell, Ghost, Ghosts, SAMPLED};
 use self::hazards::Hazards;
 use self::snapshot::Learned;
@@ -46,12 +49,6 @@ use super::{Access, Obstacle, Policy, obstacle};
 /// Ghosts remembered unless said otherwise: 128 MiB at most.
 pub const GHOSTS_MAX: u32 = 4 * 1024 * 1024;
 
-/// Between two fits.
-const FIT_EVERY: Duration = Duration::from_secs(60);
-/// Between two fits while little is known.
-const FIT_EVERY_AT_FIRST: Duration = Duration::from_secs(20);
-/// How long little is known.
-const AT_FIRST: Duration = Duration::from_secs(600);
 /// How long one that was deferred is not asked for again while there are others.
 const DEFERRED_FOR: Duration = Duration::from_secs(1);
 /// Deferred positions that come back in one call.
@@ -66,7 +63,7 @@ const _: () = assert!(BUCKETS < DEFERRED as usize);
 
 /// See the module.
 pub(crate) struct Sage {
-    ages: Ages,
+    ages: Arc<Ages>,
     hazards: Hazards,
     calendar: Calendar,
     ghosts: Ghosts,
@@ -79,16 +76,15 @@ pub(crate) struct Sage {
     deferred_until: Instant,
     /// The newest time that was told.
     now: Instant,
-    /// The first time that was told, and when the next fit is.
-    fits: Option<(Instant, Instant)>,
+    fits: Fits,
 }
 
 impl Sage {
     pub(crate) fn new(ghosts_max: u32) -> Self {
-        let ages = Ages::new();
+        let ages = Arc::new(Ages::new());
         let hazards = Hazards::new(&ages);
         Self {
-            ranks: Ranks::new(&hazards),
+            ranks: Ranks::new(hazards.index()),
             hazards,
             ages,
             calendar: Calendar::new(),
@@ -99,24 +95,33 @@ impl Sage {
             deferred: Level::BOTH.map(|level| List::new(Seat::Policy(level))),
             deferred_until: Instant(0),
             now: Instant(0),
-            fits: None,
+            fits: Fits::default(),
         }
     }
 
     /// Time goes on: fits when it is time to.
     fn tick(&mut self, now: Instant) {
         self.now = self.now.max(now);
-        let (began, next) = *self.fits.get_or_insert((now, now.after(FIT_EVERY_AT_FIRST)));
-        if self.now >= next {
-            let every = if self.now.since(began) < AT_FIRST { FIT_EVERY_AT_FIRST } else { FIT_EVERY };
-            self.fits = Some((began, self.now.after(every)));
+        if self.fits.tick(self.now) {
             self.fit();
         }
     }
 
+    /// Learns here and now.
     fn fit(&mut self) {
-        self.hazards.fit(&self.ages, &self.calendar, self.now);
-        self.ranks = Ranks::new(&self.hazards);
+        let fitted = self.seen().run();
+        self.fits.done();
+        self.take(fitted);
+    }
+
+    fn seen(&mut self) -> Fit {
+        Fit { ages: Arc::clone(&self.ages), seen: self.hazards.seen(&self.calendar, self.now) }
+    }
+
+    /// Takes over a new order.
+    fn take(&mut self, fitted: Fitted) {
+        self.hazards.set_index(fitted.index);
+        self.ranks = fitted.ranks;
         for cells in &mut self.cells {
             cells.rank(&self.ranks);
         }
@@ -354,6 +359,21 @@ impl Policy for Sage {
         self.clients.known = learned.clients.into_iter().collect();
         self.fit();
         true
+    }
+
+    fn fit_elsewhere(&mut self) {
+        self.fits.elsewhere();
+    }
+
+    fn begin_fit(&mut self) -> Option<Fit> {
+        self.fits.begin().then(|| self.seen())
+    }
+
+    fn end_fit(&mut self, fitted: Fitted) {
+        // One that was made here meanwhile knows more.
+        if self.fits.done() {
+            self.take(fitted);
+        }
     }
 
     fn ghosts(&self) -> usize {

@@ -86,7 +86,7 @@ impl World {
     fn index(&self, id: EntryId) -> (f32, usize) {
         let e = &self.slab[id];
         let bucket = usize::from(e.seat[0]) - 1;
-        (self.sage.hazards.index(ClassId(e.class), bucket), BUCKETS - bucket)
+        (self.sage.hazards.index()[usize::from(e.class)][bucket], BUCKETS - bucket)
     }
 
     /// Lets the next victim go, which must be one that no leaf is worth less than.
@@ -274,7 +274,7 @@ fn every_class_is_what_it_was_made_of() {
     }
     assert_eq!(seen.len(), CLASSES);
     let hazards = Hazards::new(&Ages::new());
-    drop(Ranks::new(&hazards));
+    drop(Ranks::new(hazards.index()));
 }
 
 fn said(session: u64, hint: Option<Hint>) -> RequestInfo {
@@ -333,7 +333,7 @@ proptest! {
         prop_assert!(next.load(&bytes));
         for class in 0..CLASSES {
             for bucket in 0..BUCKETS {
-                let (a, b) = (world.sage.hazards.index(ClassId(class as u8), bucket), next.hazards.index(ClassId(class as u8), bucket));
+                let (a, b) = (world.sage.hazards.index()[class][bucket], next.hazards.index()[class][bucket]);
                 prop_assert!((a - b).abs() <= a.abs() * 1e-4, "class {class} bucket {bucket}: {a} became {b}");
             }
         }

@@ -5,7 +5,7 @@ use std::io::Cursor;
 
 use bytes::Bytes;
 use kvkeep_client::session_file::{Export, Exported, Import, Imported, Origin, inspect};
-use kvkeep_client::sessions::{Append, ContentPart, OpenSession};
+use kvkeep_client::sessions::{Append, ContentPart, OpenSession, Restore};
 use kvkeep_client::{Call, Error, ErrorKind, Namespace, Put, PutPart, PutPosition};
 use kvkeep_core::ids::{GroupId, ShardId};
 use kvkeep_core::{Class, ErrorKind as CoreKind};
@@ -175,4 +175,21 @@ async fn an_import_that_fails_leaves_no_session() {
     assert_eq!(e.kind(), ErrorKind::Refused(CoreKind::Conflict));
     assert!(other.state.lock().sessions.is_empty());
     assert!(import(&there, &into(), &file).await.unwrap().created);
+}
+
+#[tokio::test]
+async fn exports_imports_and_restores_go_between_threads() {
+    let (_, addr) = Fake::start().await;
+    let (_, ns) = Fake::client(&addr, |_| ()).await;
+    a_session(&ns).await;
+    let there = ns.clone();
+    let file = tokio::spawn(async move { export(&there, true).await }).await.unwrap().unwrap().1;
+    let there = ns.clone();
+    let wish = Import { id: Some("b".to_owned()), ..into() };
+    tokio::spawn(async move { import(&there, &wish, &file).await }).await.unwrap().unwrap();
+    let restored = tokio::spawn(async move {
+        let restoring = ns.sessions().restore("b", &Restore::default(), &Call::default()).await?;
+        restoring.finish().await
+    });
+    assert!(restored.await.unwrap().unwrap().is_whole());
 }

@@ -8,8 +8,8 @@ use kvkeep_core::format::{Group, Rule, SizeRule, Topology};
 use kvkeep_core::session::text::{TEXT_BYTES_MAX, Tokens};
 use kvkeep_core::session::{Session, Text};
 use kvkeep_core::{
-    BlockId, Class, Digest, Error, ErrorKind, Fidelity, Format, GroupId, Handle, Keeper, Key, KeyDomain, RequestInfo,
-    Result, ShardId,
+    BlockId, Class, Digest, Error, ErrorKind, Fidelity, Format, GroupId, Handle, Keeper, Key, KeyDomain, RequestId,
+    RequestInfo, Result, ShardId,
 };
 
 use super::super::Store;
@@ -100,6 +100,8 @@ impl Store {
             keep: true,
             bytes_max: 0,
             ttl: None,
+            info: RequestInfo::NONE,
+            request: RequestId::default(),
         };
         loop {
             let answers = self.reserve(caller, wish.clone(), until).await?.answers;

@@ -271,10 +271,9 @@ proptest! {
     fn sessions_are_lists_and_survive_a_restart(ops in ops()) {
         let mut m = Machine::default();
         let mut model: BTreeMap<u8, Known> = BTreeMap::new();
-        let mut uid = 1000;
         for (i, op) in ops.into_iter().enumerate() {
             m.now_ms += 1;
-            uid += 1;
+            let uid = 1000 + i as u64;
             match op {
                 Op::Open(n) => {
                     m.apply(Command::Open {

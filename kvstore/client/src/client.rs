@@ -290,6 +290,23 @@ impl Client {
             .await
     }
 
+    /// What a recent request missed, and why: `misses` of the answer, newest last.
+    pub async fn explain_request(&self, request: &RequestId, call: &Call) -> Result<v1::ExplainReply> {
+        self.shared
+            .unary(
+                "explain",
+                call,
+                Safety::Repeatable,
+                |ctx| v1::ExplainRequest {
+                    ctx: Some(ctx),
+                    request_id: Bytes::copy_from_slice(request.as_bytes()),
+                    ..v1::ExplainRequest::default()
+                },
+                |wire, r| async move { blocks(wire).explain(r).await },
+            )
+            .await
+    }
+
     /// Follows what is stored and removed. The call's deadline covers the opening; the stream then lives until one side
     /// ends it, and a dead connection ends it within seconds.
     pub async fn watch_events(&self, watch: &Watch, call: &Call) -> Result<EventStream> {

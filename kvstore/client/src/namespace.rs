@@ -269,7 +269,12 @@ impl Namespace {
                 "explain",
                 call,
                 Safety::Repeatable,
-                |ctx| v1::ExplainRequest { ctx: Some(ctx), handle: self.wire_handle(), key: key.clone() },
+                |ctx| v1::ExplainRequest {
+                    ctx: Some(ctx),
+                    handle: self.wire_handle(),
+                    key: key.clone(),
+                    request_id: Bytes::new(),
+                },
                 |wire, r| async move { blocks(wire).explain(r).await },
             )
             .await

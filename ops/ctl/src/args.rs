@@ -90,7 +90,11 @@ pub enum Command {
         #[command(flatten)]
         namespace: NamespaceArg,
         /// The position's key
-        key: KeyArg,
+        #[arg(required_unless_present = "request")]
+        key: Option<KeyArg>,
+        /// What this request missed, and why, instead of one position: its id, written as keys are
+        #[arg(long, value_name = "ID", conflicts_with = "key")]
+        request: Option<KeyArg>,
     },
     /// What is here (a snapshot), or with --follow the events that the node remembers and those to come
     Events(EventsArgs),

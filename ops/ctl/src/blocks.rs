@@ -1,7 +1,8 @@
-//! `block list`, `block show`, `explain`.
+//! `block list`, `block show`, `explain` of a position and of a request.
 
 use bytes::Bytes;
 use kvkeep_client::wire;
+use kvkeep_core::RequestId;
 use serde_json::json;
 
 use crate::contact::Contact;
@@ -86,6 +87,36 @@ pub async fn explain(contact: &Contact, namespace: Option<&str>, key: &KeyArg, o
             text.push_str(&table(&["when", "what", "tier", "why"], rows, &[]));
         }
         text
+    })?;
+    Ok(())
+}
+
+/// `explain --request`
+pub async fn explain_request(contact: &Contact, id: &KeyArg, out: &Output) -> Outcome {
+    let request = RequestId::new(&id.0).map_err(|e| Failure::usage(e.to_string()))?;
+    let reply = contact.client.explain_request(&request, &contact.call).await?;
+    let fields = json!({
+        "request": key::hex(&id.0),
+        "summary": reply.summary,
+        "misses": reply.misses.iter().map(|m| json!({
+            "unix_ms": m.unix_ms, "verb": m.verb, "namespace": m.handle.map(|h| h.namespace_id), "keys": m.keys, "hits": m.hits,
+            "key": key::hex(&m.key), "reason": show::reason_json(m.reason), "why": m.why,
+        })).collect::<Vec<_>>(),
+    });
+    out.answer("explain_request", fields, || {
+        let rows = reply.misses.iter().map(|m| {
+            let hits = format!("{} of {}", m.hits, m.keys);
+            vec![
+                units::moment(m.unix_ms),
+                m.verb.clone(),
+                hits,
+                key::show(&m.key),
+                show::reason(m.reason).to_owned(),
+                m.why.clone(),
+            ]
+        });
+        let head = ["when", "verb", "hits", "first missing", "reason", "why"];
+        if reply.misses.is_empty() { reply.summary.clone() } else { table(&head, rows, &[]) }
     })?;
     Ok(())
 }

@@ -67,7 +67,11 @@ async fn run(args: Args, out: &Output) -> Outcome {
         Command::Tier(TierCommand::List) => node::tiers(&contact, None, out).await,
         Command::Tier(TierCommand::Show { tier }) => node::tiers(&contact, Some(*tier), out).await,
         Command::Lease(LeaseCommand::List { limit }) => node::leases(&contact, *limit, out).await,
-        Command::Explain { namespace, key } => blocks::explain(&contact, namespace.name(), key, out).await,
+        Command::Explain { request: Some(id), .. } => blocks::explain_request(&contact, id, out).await,
+        Command::Explain { namespace, key, request: None } => {
+            let key = key.as_ref().ok_or_else(|| Failure::usage("explain what? A key, or --request ID"))?;
+            blocks::explain(&contact, namespace.name(), key, out).await
+        }
         Command::Events(events) => events::run(&contact, events, out).await,
         Command::Scrub { tier, wait_s } => node::scrub(&contact, *tier, *wait_s, out).await,
         Command::Fsck { sweep, wait_s } => fsck::run(&contact, *sweep, *wait_s, out).await,

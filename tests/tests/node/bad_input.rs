@@ -44,7 +44,7 @@ async fn keys_of_0_and_of_129_bytes_are_refused_by_every_verb() {
         assert_eq!(raw.blocks.remove(remove).await.map_err(kind_of).err().as_deref(), Some("invalid_argument"));
         let prefetch = v1::PrefetchRequest { handle, keys, ..Default::default() };
         assert_eq!(raw.blocks.prefetch(prefetch).await.map_err(kind_of).err().as_deref(), Some("invalid_argument"));
-        let explain = v1::ExplainRequest { ctx: None, handle, key };
+        let explain = v1::ExplainRequest { ctx: None, handle, key, ..Default::default() };
         assert_eq!(raw.blocks.explain(explain).await.map_err(kind_of).err().as_deref(), Some("invalid_argument"));
     }
 }

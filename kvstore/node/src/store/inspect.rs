@@ -8,7 +8,7 @@ use bytes::Bytes;
 use kvkeep_client::convert;
 use kvkeep_core::catalogue::Namespace;
 use kvkeep_core::directory::PositionView;
-use kvkeep_core::{Error, ErrorKind, Handle, Key, MissReason, PartStatus, Result, Tier};
+use kvkeep_core::{Error, ErrorKind, Handle, Key, MissReason, PartStatus, RequestId, Result, Tier};
 use kvkeep_proto::v1;
 
 use super::put::Caller;
@@ -246,7 +246,34 @@ impl Store {
             position: view.as_ref().map(|v| self.position_info(v, key)),
             history,
             summary,
+            misses: Vec::new(),
         })
+    }
+
+    /// What a recent request missed, and why.
+    pub fn explain_request(&self, caller: Caller, request: &RequestId) -> v1::ExplainReply {
+        let misses: Vec<_> = self
+            .requests
+            .of(caller.tenant, request)
+            .into_iter()
+            .map(|m| v1::RequestMiss {
+                verb: m.verb.into(),
+                handle: Some(convert::handle_to_proto(m.handle)),
+                keys: m.keys,
+                hits: m.hits,
+                key: Bytes::copy_from_slice(m.key.as_bytes()),
+                reason: convert::reason_to_proto(m.reason),
+                why: super::sessions::manifest::sentence(m.reason).into(),
+                unix_ms: m.unix_ms,
+            })
+            .collect();
+        let summary = if misses.is_empty() {
+            "this request missed nothing, as far as this node remembers (it remembers a bounded number of misses)"
+                .into()
+        } else {
+            format!("{} misses", misses.len())
+        };
+        v1::ExplainReply { misses, summary, ..v1::ExplainReply::default() }
     }
 
     /// Namespaces with what they hold.

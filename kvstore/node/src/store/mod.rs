@@ -25,6 +25,7 @@ pub mod open;
 pub mod put;
 mod rates;
 mod regions;
+pub mod requests;
 pub mod reservations;
 mod room;
 pub mod sessions;
@@ -82,6 +83,8 @@ pub struct Store {
     pub views: Arc<namespaces::Views>,
     /// History and events.
     pub journal: Journal,
+    /// What recent requests missed.
+    pub requests: requests::Requests,
     /// Connections and engine instances.
     pub instances: Arc<Instances>,
     /// Where else this node is reached, once its listeners are bound.

@@ -102,6 +102,7 @@ impl Store {
             clock,
             counters: Default::default(),
             journal: Journal::new(limits.history_max as usize, limits.events_max as usize),
+            requests: Default::default(),
             instances: Instances::new(config.listen.connections_max, config.instance_grace()),
             rates: Default::default(),
             report,

@@ -10,7 +10,9 @@ use kvkeep_proto::v1;
 
 use super::{Answer, Call, Verbs, narrow};
 use crate::store::Store;
+use crate::store::clock::Clock;
 use crate::store::get::{Compare, Fetched, PartRead};
+use crate::store::requests::Missed;
 
 /// Parts fetched at a time, whatever their size.
 const PARTS_AHEAD_MAX: usize = 64;
@@ -84,16 +86,34 @@ impl Fetches {
         }
         let width = store.parts_ahead(&reads).clamp(1, PARTS_AHEAD_MAX);
         let (fetcher, caller) = (Arc::clone(store), call.caller);
-        let stream = stream::iter(reads)
-            .map(move |read| {
-                let store = Arc::clone(&fetcher);
+        let (asked, request) = (reads.len() as u32, call.context.request_id);
+        let stream = stream::iter(reads.into_iter().enumerate())
+            .map(move |(nth, read)| {
+                let (store, request) = (Arc::clone(&fetcher), request.clone());
                 async move {
-                    if current {
+                    let key = read.key.clone();
+                    let fetched = if current {
                         store.fetch(caller, handle, read, compare).await
                     } else {
                         store.counters.missed(MissReason::Revision);
                         Fetched::No(PartStatus::Miss, MissReason::Revision)
+                    };
+                    if let Fetched::No(_, reason) = &fetched {
+                        let (tenant, reason, unix_ms) = (caller.tenant, *reason, Clock::unix_ms());
+                        let (verb, keys, hits) = ("get", asked, nth as u32);
+                        store.requests.missed(Missed {
+                            tenant,
+                            request,
+                            verb,
+                            handle,
+                            keys,
+                            hits,
+                            key,
+                            reason,
+                            unix_ms,
+                        });
                     }
+                    fetched
                 }
             })
             .buffered(width)

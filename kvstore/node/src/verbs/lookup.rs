@@ -7,7 +7,9 @@ use kvkeep_proto::v1;
 
 use super::{Answer, Batch, Call, Refusal, Verbs, within};
 use crate::failpoint;
+use crate::store::clock::Clock;
 use crate::store::lookup::{MatchWish, Matched};
+use crate::store::requests::Missed;
 use crate::store::reservations::ReservationId;
 
 /// A match of more keys than this (some 200 us of work) runs beside the runtime's threads: short calls do not queue behind
@@ -71,6 +73,21 @@ impl Verbs {
             fidelity: convert::fidelity_from_proto(query.fidelity)?,
         };
         let matched = self.store.match_chain(call.caller, &call.context.info, &wish)?;
+        if let Some((reason, key)) =
+            matched.outcome.reason.zip(query.keys.get(matched.outcome.boundary_positions as usize))
+        {
+            self.store.requests.missed(Missed {
+                tenant: call.caller.tenant,
+                request: wish.request_id.clone(),
+                verb: "match",
+                handle,
+                keys: query.keys.len() as u32,
+                hits: matched.outcome.boundary_positions,
+                key: Key::new(key)?,
+                reason,
+                unix_ms: Clock::unix_ms(),
+            });
+        }
         let mapped = match matched.lease.filter(|_| query.map) {
             None => None,
             Some((lease, _)) => {

@@ -1,7 +1,7 @@
 //! Formats, namespaces, and the verbs that look at what is stored.
 
 use kvkeep_client::convert;
-use kvkeep_core::{Error, ErrorKind, Key};
+use kvkeep_core::{Error, ErrorKind, Key, RequestId};
 use kvkeep_proto::v1;
 
 use super::{Answer, Call, Verbs};
@@ -70,6 +70,10 @@ impl Verbs {
 
     /// Why a position is, or is not, here.
     pub async fn explain(&self, call: &Call, wish: v1::ExplainRequest) -> Answer<v1::ExplainReply> {
+        if !wish.request_id.is_empty() {
+            let request = RequestId::new(&wish.request_id)?;
+            return Ok(self.store.explain_request(call.caller, &request));
+        }
         let handle = convert::handle_from_proto(wish.handle)?;
         let key = Key::new(&wish.key)?;
         Ok(self.store.explain(call.caller, handle, &key).await?)

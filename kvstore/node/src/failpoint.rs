@@ -27,6 +27,8 @@ pub const NAMES: &[&str] = &[
     "map.told",
     "open_file.sent",
     "copy.guarded",
+    "session.append.ready",
+    "session.append.applied",
 ];
 
 /// A place was passed.

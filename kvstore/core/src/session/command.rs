@@ -32,6 +32,8 @@ pub enum Command {
     Append {
         /// Which.
         name: SessionName,
+        /// Of the session that the proposer saw. One of the same name made since may be of another class.
+        uid: u64,
         /// Of the caller's weights.
         revision: Revision,
         /// Positions that it has now.

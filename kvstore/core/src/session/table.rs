@@ -173,8 +173,8 @@ impl Sessions {
             Command::Open { name, tenant, revision, uid, declared, from } => {
                 self.open(name, tenant, revision, uid, declared, from, now_ms, writes)
             }
-            Command::Append { name, revision, from_position, digests, text } => {
-                self.append(&name, revision, from_position, &digests, text, now_ms, writes)
+            Command::Append { name, uid, revision, from_position, digests, text } => {
+                self.append(&name, uid, revision, from_position, &digests, text, now_ms, writes)
             }
             Command::Truncate { name, revision, cut } => self.truncate(&name, revision, cut, now_ms, writes),
             Command::Set { name, change } => self.set(&name, change, now_ms, writes),
@@ -294,6 +294,15 @@ impl Sessions {
                     .with("at_position", at)
                     .with("positions", parent.positions()));
             }
+            // Nobody has raised what it would name.
+            if let Some(class) = declared.class.filter(|class| *class > parent.class) {
+                return Err(Error::new(
+                    ErrorKind::InvalidArgument,
+                    "a fork has the class of its parent, or a weaker one; open a session of that class and append",
+                )
+                .with("class", parent.class)
+                .with("asked", class));
+            }
             // A fork is of its parent's weights, whatever the caller computes with.
             session.revision = parent.revision;
             session.class = parent.class;
@@ -331,6 +340,7 @@ impl Sessions {
     fn append(
         &mut self,
         name: &SessionName,
+        uid: u64,
         revision: Revision,
         from_position: u64,
         digests: &[Digest],
@@ -339,6 +349,10 @@ impl Sessions {
         writes: &mut Vec<Write>,
     ) -> Result<Outcome> {
         let s = self.known(name)?;
+        if s.uid != uid {
+            return Err(Error::new(ErrorKind::Conflict, "the session was deleted and made anew during the append")
+                .with("session", &name.id));
+        }
         if s.revision != revision {
             return Err(stale(s, revision));
         }
@@ -477,16 +491,18 @@ impl Session {
 
     /// Whether an append is there already, word for word.
     fn has(&self, from: u64, digests: &[Digest], text: Option<&Text>) -> bool {
-        let end = from.saturating_add(digests.len() as u64);
         let text_is_there = || {
             text.is_none_or(|t| {
                 let at = self.texts.partition_point(|have| have.first < t.first);
                 self.texts.get(at).is_some_and(|have| have == t)
             })
         };
-        (!digests.is_empty() || text.is_some())
-            && end <= self.positions()
-            && text_is_there()
+        (!digests.is_empty() || text.is_some()) && text_is_there() && self.names(from, digests)
+    }
+
+    /// Whether these positions, and none of them behind its end, are there already.
+    pub fn names(&self, from: u64, digests: &[Digest]) -> bool {
+        from.saturating_add(digests.len() as u64) <= self.positions()
             && self.manifest.from(from).zip(digests).all(|(have, d)| have == *d)
     }
 }

@@ -64,7 +64,13 @@ impl Machine {
 
     fn append(&mut self, n: u8, from: u64, count: u64, text: Option<Text>) -> Result<Outcome> {
         let digests = (from..from + count).map(|i| digest(u64::from(n) << 32 | i)).collect();
-        self.apply(Command::Append { name: name(n), revision: Revision(1), from_position: from, digests, text })
+        let uid = self.uid(n);
+        self.apply(Command::Append { name: name(n), uid, revision: Revision(1), from_position: from, digests, text })
+    }
+
+    /// Of a session that is not there: 0.
+    fn uid(&self, n: u8) -> u64 {
+        self.sessions.get(&name(n)).map_or(0, |s| s.uid)
     }
 
     fn get(&self, n: u8) -> &Session {
@@ -88,6 +94,7 @@ fn an_append_is_a_compare_and_set_that_may_be_repeated() {
     // As long as it is believed to be, but not the same.
     let other = Command::Append {
         name: name(0),
+        uid: 1,
         revision: Revision(1),
         from_position: 39,
         digests: vec![digest(99)],
@@ -157,6 +164,42 @@ fn a_fork_is_its_own_from_there_on() {
     assert_eq!(m.reloaded().get(&name(1)), m.sessions.get(&name(1)), "it does not hang on its parent");
 }
 
+/// What a fork names was raised to its parent's class and no further.
+#[test]
+fn a_fork_is_of_no_stronger_class_than_its_parent() {
+    let mut m = Machine::default();
+    m.open(0).unwrap();
+    m.append(0, 0, 3, None).unwrap();
+    let fork = |class| Command::Open {
+        name: name(1),
+        tenant: TenantId(0),
+        revision: Revision(1),
+        uid: 77,
+        declared: Declared { class: Some(class), ..Declared::default() },
+        from: Some((name(0).id, Cut::NONE)),
+    };
+    assert_eq!(m.apply(fork(Class::Durable)).unwrap_err().kind(), ErrorKind::InvalidArgument);
+    assert_eq!(m.apply(fork(Class::Cache)).unwrap(), Outcome::Opened { created: true });
+}
+
+/// What was looked at for one session is not appended to another of its name: its class may be another.
+#[test]
+fn an_append_is_for_the_session_that_its_proposer_saw() {
+    let mut m = Machine::default();
+    m.open(0).unwrap();
+    let append = |uid| Command::Append {
+        name: name(0),
+        uid,
+        revision: Revision(1),
+        from_position: 0,
+        digests: vec![digest(1)],
+        text: None,
+    };
+    assert_eq!(m.apply(append(2)).unwrap_err().kind(), ErrorKind::Conflict);
+    assert!(m.apply(append(1)).is_ok());
+    assert_eq!(m.apply(append(2)).unwrap_err().kind(), ErrorKind::Conflict, "no repetition either");
+}
+
 #[test]
 fn new_weights_take_the_tokens_over_and_not_the_blocks() {
     let mut m = Machine::default();
@@ -164,6 +207,7 @@ fn new_weights_take_the_tokens_over_and_not_the_blocks() {
     m.append(0, 0, 10, Some(text(0, 160))).unwrap();
     let append = Command::Append {
         name: name(0),
+        uid: 1,
         revision: Revision(2),
         from_position: 10,
         digests: vec![digest(5)],
@@ -288,7 +332,7 @@ proptest! {
                     let digests: Vec<_> = (0..count).map(|d| digest((i as u64) << 32 | d)).collect();
                     let t = (with_text && count > 0).then(|| text(tokens, (count * TOKENS_PER_KEY) as u32));
                     let append = Command::Append {
-                        name: name(n), revision: Revision(1), from_position: from, digests: digests.clone(), text: t,
+                        name: name(n), uid: m.uid(n), revision: Revision(1), from_position: from, digests: digests.clone(), text: t,
                     };
                     match (m.apply(append), known) {
                         (Ok(Outcome::Appended { positions, tokens: all, repeated }), Some(k)) => {
@@ -303,7 +347,7 @@ proptest! {
                 Op::Repeat(n) => {
                     if let Some((digests, _)) = model.get(&n).filter(|k| !k.0.is_empty()) {
                         let append = Command::Append {
-                            name: name(n), revision: Revision(1), from_position: 0, digests: digests.clone(), text: None,
+                            name: name(n), uid: m.uid(n), revision: Revision(1), from_position: 0, digests: digests.clone(), text: None,
                         };
                         let is_repeat = matches!(m.apply(append), Ok(Outcome::Appended { repeated: true, .. }));
                         prop_assert!(is_repeat);

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
 use kvkeep_core::session::text::Tokens;
-use kvkeep_core::session::{Command, Outcome, SessionName};
+use kvkeep_core::session::{Command, Outcome, Session, SessionName};
 use kvkeep_core::{BlockId, Class, Digest, Error, ErrorKind, Handle, Keeper, Result};
 use parking_lot::Mutex;
 
@@ -89,7 +89,7 @@ impl Store {
     /// `Conflict` where it is not as long as the caller believes, or a position is not here whole; `StaleRevision`;
     /// `UnknownSession`; what raising a block to durable says.
     pub async fn append_session(self: &Arc<Self>, caller: Caller, wish: AppendWish) -> Result<Appended> {
-        let (namespace, session) = self.session(caller, &wish.name)?;
+        let (namespace, _) = self.session(caller, &wish.name)?;
         if namespace.revision != wish.handle.revision {
             return Err(Error::new(
                 ErrorKind::StaleRevision,
@@ -99,22 +99,27 @@ impl Store {
             .with("current", namespace.revision));
         }
         let digests = self.digests(caller, wish.handle, wish.keys.iter().map(|k| &k[..]));
-        // Before the look at the directory, until the manifest names them: a sweep in between leaves them alone.
-        let durable = session.class == Class::Durable;
-        let held = durable.then(|| self.sessions.holding.hold(&digests));
+        // Before the look at session and directory, until the manifest names them: a sweep in between leaves them alone.
+        let held = self.sessions.holding.hold(&digests);
+        let (_, session) = self.session(caller, &wish.name)?;
         // One that repeats what is there already need not find the blocks once more.
-        let again = wish.from_position < session.positions();
-        if !again {
+        if !session.names(wish.from_position, &digests) {
+            self.pins_allow(&session, digests.len())?;
             self.ready(wish.handle, &digests, session.class).await?;
         }
         failpoint::at("session.append.ready");
-        let text = match wish.tokens.filter(|t| !t.ids.is_empty()) {
-            Some(tokens) => Some(self.put_text(caller, session.uid, tokens).await?),
-            None => None,
+        let (text, text_held) = match wish.tokens.filter(|t| !t.ids.is_empty()) {
+            Some(tokens) => {
+                let block = self.text_block(caller, session.uid, &tokens).await?;
+                let held = self.sessions.holding.hold(&[block.text.digest]);
+                self.put_text(caller, &block).await?;
+                (Some(block.text), Some(held))
+            }
+            None => (None, None),
         };
-        let text_held = text.as_ref().map(|t| self.sessions.holding.hold(&[t.digest]));
         let command = Command::Append {
             name: wish.name.clone(),
+            uid: session.uid,
             revision: wish.handle.revision,
             from_position: wish.from_position,
             digests,
@@ -129,6 +134,22 @@ impl Store {
             self.settle_pins(&wish.name).await;
         }
         Ok(Appended { positions, tokens, repeated })
+    }
+
+    /// What is appended to a pinned session is pinned, too.
+    fn pins_allow(&self, session: &Session, more: usize) -> Result<()> {
+        let positions_max = u64::from(self.config.limits.pinned_positions_max);
+        let pinned = self.sessions.state().read().pinned_positions(session.tenant);
+        if session.pinned.is_some() && pinned + more as u64 > positions_max {
+            return Err(Error::new(
+                ErrorKind::TooLarge,
+                "the session is pinned, and the tenant would have more positions pinned than it may; unpin it to append",
+            )
+            .with("limits.pinned_positions_max", positions_max)
+            .with("pinned", pinned)
+            .with("asked", more));
+        }
+        Ok(())
     }
 
     /// Makes sure that positions are here whole, and have the class.

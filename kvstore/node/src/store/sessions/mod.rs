@@ -19,6 +19,7 @@ pub mod restore;
 mod sweep;
 mod texts;
 
+use std::ops::Bound;
 use std::sync::Arc;
 
 use kvkeep_core::catalogue::Namespace;
@@ -299,32 +300,34 @@ impl Store {
     /// One page of the caller's sessions. Looks at so many at a time: a page may be shorter than asked and not the last.
     #[must_use]
     pub fn list_sessions(&self, caller: Caller, wish: &ListWish) -> Listed {
+        // Only namespaces of the caller are walked: a page's end tells nothing of other tenants.
+        let mine = |n: &Arc<Namespace>| n.tenant == caller.tenant && wish.namespace.is_none_or(|asked| asked == n.id);
+        let namespaces: Vec<_> = self.views.all().iter().filter(|n| mine(n)).map(|n| n.id).collect();
         let state = self.sessions.state().read();
-        let first = wish.namespace.map(|n| Sessions::first_name(n, &wish.id_prefix));
-        let from = match (&wish.after, first) {
-            (Some(after), _) => std::ops::Bound::Excluded(after.clone()),
-            (None, Some(first)) => first,
-            (None, None) => std::ops::Bound::Unbounded,
+        let asked = |session: &Session| {
+            wish.class.is_none_or(|class| class == session.class)
+                && wish.open.is_none_or(|open| open == session.open)
+                && wish.attributes.iter().all(|(k, v)| session.attributes.get(k) == Some(v))
         };
+        let all = namespaces.into_iter().flat_map(|namespace| {
+            let from = match &wish.after {
+                Some(after) if after.namespace > namespace => return None,
+                Some(after) if after.namespace == namespace => Bound::Excluded(after.clone()),
+                _ => Sessions::first_name(namespace, &wish.id_prefix),
+            };
+            let here =
+                move |name: &SessionName| name.namespace == namespace && name.id.as_str().starts_with(&wish.id_prefix);
+            Some(state.from(from).take_while(move |(name, _)| here(name)))
+        });
         let mut listed = Listed::default();
         let mut last = None;
-        for (looked, (name, session)) in state.from(from).enumerate() {
-            let in_namespace = wish.namespace.is_none_or(|n| n == name.namespace);
-            let has_prefix = name.id.as_str().starts_with(&wish.id_prefix);
-            if wish.namespace.is_some() && !(in_namespace && has_prefix) {
-                break;
-            }
+        for (looked, (name, session)) in all.flatten().enumerate() {
             if looked == LIST_LOOKS_MAX || listed.sessions.len() == wish.most.max(1) {
                 listed.more_after = last;
                 break;
             }
             last = Some(name.clone());
-            let asked = session.tenant == caller.tenant
-                && has_prefix
-                && wish.class.is_none_or(|class| class == session.class)
-                && wish.open.is_none_or(|open| open == session.open)
-                && wish.attributes.iter().all(|(k, v)| session.attributes.get(k) == Some(v));
-            if asked {
+            if asked(session) {
                 listed.sessions.push((name.clone(), Arc::clone(session)));
             }
         }

@@ -191,7 +191,7 @@ impl Store {
             ..v1::FsckReply::default()
         };
         drop(suspects);
-        let mut seen = HashSet::new();
+        let mut seen = HashMap::new();
         for (name, session) in all {
             self.check_session(&name, &session, &mut seen, &mut reply).await;
         }
@@ -203,14 +203,15 @@ impl Store {
         self: &Arc<Self>,
         name: &SessionName,
         session: &Session,
-        seen: &mut HashSet<Digest>,
+        seen: &mut HashMap<Digest, bool>,
         reply: &mut v1::FsckReply,
     ) {
         reply.missing_token_blocks += session.texts.iter().filter(|t| !self.has_text(t)).count() as u64;
         let promised = session.class == Class::Durable && self.views.is_current(session.handle(name.namespace));
         for (at, digest) in session.manifest.iter().enumerate() {
-            let first = seen.insert(digest);
-            if !promised || !first {
+            // Whether it was looked at: a session that promises nothing may name it first.
+            let looked = seen.entry(digest).or_insert(false);
+            if !promised || std::mem::replace(looked, true) {
                 continue;
             }
             let here = {

@@ -38,6 +38,15 @@ pub struct TokensRead {
     pub damaged: bool,
 }
 
+/// A block of token ids that is to be put.
+pub(super) struct TextBlock {
+    /// How its session names it.
+    pub text: Text,
+    handle: Handle,
+    key: Key,
+    bytes: Vec<u8>,
+}
+
 fn format() -> Format {
     Format {
         model: "kvkeep sessions".into(),
@@ -65,8 +74,8 @@ impl Store {
         Ok(registered.namespace.handle())
     }
 
-    /// Puts token ids as a durable block that sessions keep.
-    pub(super) async fn put_text(self: &Arc<Self>, caller: Caller, uid: u64, tokens: Tokens) -> Result<Text> {
+    /// The block of token ids that an append to a session brings.
+    pub(super) async fn text_block(&self, caller: Caller, uid: u64, tokens: &Tokens) -> Result<TextBlock> {
         tokens.check()?;
         if self.nvme.is_none() {
             return Err(Error::new(
@@ -82,14 +91,19 @@ impl Store {
         key.extend(self.secret.digest(KeyDomain(uid), handle, &bytes).as_bytes());
         let key = Key::new(&key)?;
         let digests = self.digests(caller, handle, [key.as_bytes()]);
-        let text = Text { digest: digests[0], first, in_block: count, count };
+        Ok(TextBlock { text: Text { digest: digests[0], first, in_block: count, count }, handle, key, bytes })
+    }
+
+    /// Puts it as a durable block that sessions keep. The caller holds its digest: it may be here already, and suspected.
+    pub(super) async fn put_text(self: &Arc<Self>, caller: Caller, block: &TextBlock) -> Result<()> {
+        let TextBlock { handle, key, bytes, .. } = block;
         let until = tokio::time::Instant::now() + PUT_WITHIN;
         let wish = ReserveWish {
-            handle,
+            handle: *handle,
             parent: None,
             first_position: 0,
             positions: vec![PositionWish {
-                key,
+                key: key.clone(),
                 parts: vec![PartWish { group: GroupId(0), shard: ShardId(0), len: bytes.len() as u32 }],
                 token_ids: Arc::default(),
             }],
@@ -106,11 +120,11 @@ impl Store {
         loop {
             let answers = self.reserve(caller, wish.clone(), until).await?.answers;
             let id = match answers.into_iter().next() {
-                Some(PartAnswer::Present { .. }) => return Ok(text),
+                Some(PartAnswer::Present { .. }) => return Ok(()),
                 Some(PartAnswer::Slot(id)) => {
                     self.fill(caller, id, |slot, sums| {
-                        slot.copy_from_slice(&bytes);
-                        sums.add(&bytes);
+                        slot.copy_from_slice(bytes);
+                        sums.add(bytes);
                         Ok(())
                     })?;
                     id
@@ -127,7 +141,7 @@ impl Store {
             };
             let committed = self.commit(caller, RequestInfo::NONE, vec![(id, Vec::new())]).await;
             return match committed.into_iter().next() {
-                Some((_, Ok(_))) => Ok(text),
+                Some((_, Ok(_))) => Ok(()),
                 Some((_, Err(error))) => Err(error),
                 None => Err(super::odd()),
             };

@@ -3,7 +3,7 @@
 //! The map: [`node`] starts, kills, stops and restarts a `kvkeepd`; [`formats`] and [`payload`] make namespaces and bytes
 //! that can be checked without being remembered; [`raw`] and [`raw_block`] speak the wires by hand, for what the SDK refuses to say;
 //! [`ledger`] remembers what was acknowledged; [`workload`] is a seeded client that puts, reads and removes and checks
-//! every byte; [`leaks`] is what must be true of a node that nobody uses any more; [`powercut`] plays the loss of power.
+//! every byte; [`sessions`] the same for sessions; [`leaks`] is what must be true of a node that nobody uses any more; [`powercut`] plays the loss of power.
 //!
 //! A test that draws anything at random takes its seed from [`seed`], prints it, and can be run again with it.
 
@@ -15,6 +15,7 @@ pub mod payload;
 pub mod powercut;
 pub mod raw;
 pub mod raw_block;
+pub mod sessions;
 pub mod workload;
 
 pub use node::{Node, Options};

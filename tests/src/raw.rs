@@ -5,6 +5,7 @@ use kvkeep_client::convert;
 use kvkeep_core::{Format, Handle, InstanceId};
 use kvkeep_proto::v1::blocks_client::BlocksClient;
 use kvkeep_proto::v1::part_answer::Answer;
+use kvkeep_proto::v1::sessions_client::SessionsClient;
 use kvkeep_proto::{PROTOCOL_MAJOR, PROTOCOL_MINOR, v1};
 use tonic::transport::{Channel, Endpoint};
 
@@ -13,8 +14,10 @@ use crate::Node;
 /// One connection.
 #[derive(Clone, Debug)]
 pub struct Raw {
-    /// Every verb.
+    /// Every verb on blocks.
     pub blocks: BlocksClient<Channel>,
+    /// Every verb on sessions, on the same connection.
+    pub sessions: SessionsClient<Channel>,
     /// Of the hello.
     pub instance: InstanceId,
 }
@@ -60,9 +63,10 @@ impl Raw {
     /// # Panics
     /// If the server refuses.
     pub async fn connect_as(node: &Node, instance: InstanceId) -> Self {
-        let mut blocks = BlocksClient::new(channel(node).await).max_decoding_message_size(64 << 20);
+        let channel = channel(node).await;
+        let mut blocks = BlocksClient::new(channel.clone()).max_decoding_message_size(64 << 20);
         blocks.hello(hello(instance)).await.expect("the server accepts a hello");
-        Self { blocks, instance }
+        Self { blocks, sessions: SessionsClient::new(channel), instance }
     }
 
     /// Registers a namespace.

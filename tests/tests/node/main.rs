@@ -3,7 +3,8 @@
 //! `put_get`, `regions`, `engine` and `namespaces` are what an engine does; `bad_input` and `block_wire` what it must not do; `lost`
 //! what it sees of a server that is gone; `ways_in`, `leases`, `tenants`,
 //! `events` and `room` what surrounds blocks; `embedded` a server that a client starts for itself; `clients_die`, `restart`,
-//! `damage`, `eio`, `failpoints`, `kill_loop` and `powercut` what can go wrong.
+//! `damage`, `eio`, `failpoints`, `kill_loop` and `powercut` what can go wrong; `sessions` conversations as objects, and
+//! `session_loop` what crashes do to them.
 
 #![expect(clippy::unwrap_used, reason = "everything here is a test: an unwrap is an assertion")]
 
@@ -26,6 +27,8 @@ mod put_get;
 mod regions;
 mod restart;
 mod room;
+mod session_loop;
+mod sessions;
 mod tenants;
 mod ways_in;
 

@@ -18,6 +18,7 @@ use kvkeep_core::{
 
 const CHAIN: usize = 4096;
 const MATCHES: usize = 400;
+const FITS: usize = 21;
 const HANDLE: Handle = Handle { namespace: NamespaceId(1), revision: Revision(1) };
 
 fn main() {
@@ -122,6 +123,7 @@ fn chain_order(digests: &[Digest], kind: PolicyKind) {
     let (start, later) = (on_cpu(), Instant(120_000));
     dir.victim(Tier::Dram, later).expect("there are leaves");
     println!("a victim that learns first {:>8.1} us", micros(on_cpu() - start));
+    let later = if kind == PolicyKind::Sage { fits(&mut dir, later) } else { later };
     let (start, before) = (on_cpu(), resident_bytes());
     for _ in 0..victims {
         let victim = dir.victim(Tier::Nvme, later).expect("there are leaves");
@@ -256,4 +258,50 @@ fn resident_bytes() -> usize {
     let line = status.lines().find(|l| l.starts_with("RssAnon:")).expect("RssAnon is in it");
     let kib: usize = line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).expect("a number");
     kib * 1024
+}
+
+/// What learning costs whoever waits for the directory: within a victim, and apart from it. Answers the time it is then.
+fn fits(dir: &mut Directory, mut now: Instant) -> Instant {
+    let mut next = || {
+        now = now.after(Duration::from_secs(61));
+        now
+    };
+    let mut within: Vec<Duration> = Vec::new();
+    for _ in 0..FITS {
+        let (at, start) = (next(), on_cpu());
+        dir.victim(Tier::Dram, at).expect("there are leaves");
+        within.push(on_cpu() - start);
+    }
+    dir.fit_elsewhere();
+    let (mut locked, mut longest, mut free) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..FITS {
+        let at = next();
+        let mut holds = [Duration::ZERO; 3];
+        let start = on_cpu();
+        dir.victim(Tier::Dram, at).expect("there are leaves");
+        holds[0] = on_cpu() - start;
+        let start = on_cpu();
+        let fit = dir.begin_fit().expect("it is time to");
+        holds[1] = on_cpu() - start;
+        let start = on_cpu();
+        let fitted = fit.run();
+        free.push(on_cpu() - start);
+        let start = on_cpu();
+        dir.end_fit(fitted);
+        holds[2] = on_cpu() - start;
+        locked.push(holds.iter().sum());
+        longest.push(holds[1].max(holds[2]));
+    }
+    let middle = |mut times: Vec<Duration>| {
+        times.sort();
+        micros(times[times.len() / 2])
+    };
+    println!(
+        "a fit within a victim      {:>8.1} us; apart: {:.1} us without the lock, {:.1} us with it, at most {:.1} us at a time",
+        middle(within),
+        middle(free),
+        middle(locked),
+        middle(longest)
+    );
+    now
 }

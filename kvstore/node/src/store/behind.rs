@@ -74,7 +74,8 @@ impl Behind {
         let permits = usize::try_from(bytes_max / UNIT).unwrap_or(usize::MAX).clamp(1, Semaphore::MAX_PERMITS);
         let behind = Self {
             bytes: Arc::new(Semaphore::new(permits)),
-            bytes_max,
+            // Whole units: what is left of the last one would count as dirty for ever.
+            bytes_max: permits as u64 * UNIT,
             queue,
             queued: Mutex::default(),
             claimed: Mutex::default(),
@@ -275,4 +276,16 @@ impl Store {
 
 fn no_tier() -> Error {
     Error::new(ErrorKind::Unavailable, "this node has no NVMe tier")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_queue_has_nothing_dirty_whatever_its_bound() {
+        for bound in [1, UNIT - 1, UNIT, 10 * UNIT + 7, 1 << 30] {
+            assert_eq!(Behind::new(bound).0.dirty_bytes(), 0, "{bound}");
+        }
+    }
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use kvkeep_core::words::Happening;
 use kvkeep_core::{MissReason, SlotRef, Tier};
 use kvkeep_tiers::nvme::{ScrubFault, ScrubReport};
+use tokio::sync::oneshot;
 
 use super::open::Background;
 use super::{SLICE_KEYS, Store};
@@ -23,8 +24,32 @@ const SWEEP_POSITIONS: u32 = 1024;
 const EXPIRE_POSITIONS: usize = 1024;
 /// Blocks a scrub checks between two pauses.
 const SCRUB_BLOCKS: usize = 16;
+/// How far a scrub's thread stands behind those that serve, for the system's scheduler.
+const SCRUB_NICE: i32 = 19;
 /// How long a clean stop waits for queued writes.
 const DRAIN_MAX: Duration = Duration::from_secs(60);
+
+/// Slots to be checked, for whom, and who waits for how many bytes they had.
+type ScrubJob = (Arc<Store>, Vec<SlotRef>, oneshot::Sender<u64>);
+
+/// The thread that compares slots with their sums, from the first scrub on. It ends with its last sender.
+pub(super) type Scrubber = std::sync::OnceLock<std::sync::mpsc::Sender<ScrubJob>>;
+
+fn scrubber() -> std::sync::mpsc::Sender<ScrubJob> {
+    let (jobs, queue) = std::sync::mpsc::channel::<ScrubJob>();
+    let check = move || {
+        // Where this is refused, the scrub has its fair share and no more.
+        let _ = rustix::process::nice(SCRUB_NICE);
+        for (store, slots, done) in queue {
+            // Nobody waits any more: the node stops.
+            let _ = done.send(store.scrub_slots(&slots));
+        }
+    };
+    if let Err(error) = std::thread::Builder::new().name("kvkeep-scrub".into()).spawn(check) {
+        tracing::error!(%error, "the thread that scrubs DRAM could not be started");
+    }
+    jobs
+}
 
 impl Store {
     /// Starts the background work.
@@ -175,10 +200,12 @@ impl Store {
         }
     }
 
-    /// Checks some slots on a thread where nobody is served meanwhile; how many bytes they had.
+    /// Checks some slots on a thread of its own that yields to those that serve; how many bytes they had.
     pub(super) async fn scrub_aside(self: &Arc<Self>, slots: &[SlotRef]) -> u64 {
-        let (store, slots) = (Arc::clone(self), slots.to_vec());
-        tokio::task::spawn_blocking(move || store.scrub_slots(&slots)).await.unwrap_or_default()
+        let (done, bytes) = oneshot::channel();
+        // It cannot be started or has ended only where the machine is out of threads; then nothing was checked.
+        let _ = self.scrubber.get_or_init(scrubber).send((Arc::clone(self), slots.to_vec(), done));
+        bytes.await.unwrap_or_default()
     }
 
     fn scrub_slots(&self, slots: &[SlotRef]) -> u64 {

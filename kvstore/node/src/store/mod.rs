@@ -116,6 +116,7 @@ pub struct Store {
     short: AtomicBool,
     /// Told when a large lease has ended.
     parting: Notify,
+    scrubber: background::Scrubber,
     prefetch_queue: Arc<Semaphore>,
     prefetch_turns: Semaphore,
     watchers: AtomicU32,

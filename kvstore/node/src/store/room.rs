@@ -41,6 +41,15 @@ impl NvmeRoom {
     }
 }
 
+/// What eviction does about a victim that is on its way to NVMe.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Dirty {
+    /// Stops there: the end of its write says that it may go.
+    WaitFor,
+    /// Takes the next.
+    PassOver,
+}
+
 /// What came of a wish for room on NVMe.
 pub(super) enum RoomMade {
     /// This caller evicted.
@@ -119,10 +128,16 @@ impl Store {
         match no_room.hint {
             // Memory is on its way.
             None => false,
-            Some(ReclaimHint::AnyBytes) => self.evict_dram(no_room.short_bytes.max(u64::from(len))) > 0,
+            Some(ReclaimHint::AnyBytes) => {
+                self.evict_dram(no_room.short_bytes.max(u64::from(len)), Dirty::PassOver) > 0
+            }
             // What is coldest mostly has the size that is wanted; where it has not, the cheapest extent is emptied.
-            Some(ReclaimHint::SameSize) => self.evict_dram(u64::from(len)) > 0 || self.reclaim(tenant, len),
-            Some(ReclaimHint::OtherSizes) => self.reclaim(tenant, len) || self.evict_dram(u64::from(len)) > 0,
+            Some(ReclaimHint::SameSize) => {
+                self.evict_dram(u64::from(len), Dirty::PassOver) > 0 || self.reclaim(tenant, len)
+            }
+            Some(ReclaimHint::OtherSizes) => {
+                self.reclaim(tenant, len) || self.evict_dram(u64::from(len), Dirty::PassOver) > 0
+            }
         }
     }
 
@@ -151,7 +166,7 @@ impl Store {
     }
 
     /// Frees at least `bytes` of DRAM by policy, or what can be found; answers how many.
-    pub(super) fn evict_dram(&self, bytes: u64) -> u64 {
+    fn evict_dram(&self, bytes: u64, dirty: Dirty) -> u64 {
         let now = self.clock.policy();
         let mut freed = 0;
         for _ in 0..VICTIMS_PER_SLICE {
@@ -159,6 +174,10 @@ impl Store {
                 break;
             }
             let Some(victim) = self.directory.lock().victim(Tier::Dram, now) else { break };
+            let is_dirty = |p: &VictimPart| p.place.is_none() && self.behind.is_queued(&block(&victim, p));
+            if dirty == Dirty::WaitFor && !victim.leased && victim.parts.iter().any(is_dirty) {
+                break;
+            }
             let held = |p: &VictimPart| !self.may_drop(&block(&victim, p), p.place.is_some(), victim.leased, p.slot);
             if victim.parts.iter().any(held) {
                 self.directory.lock().defer(&victim.digest, Tier::Dram);
@@ -209,8 +228,12 @@ impl Store {
             let mut wanted = share(self.config.arena.high_watermark_percent).saturating_sub(usage.free_bytes);
             // Before the look, so that what ends during it is not missed.
             self.short.store(true, Ordering::Release);
+            // While there is room, what should go first and is on its way to NVMe is waited for: in its place others would go
+            // that are worth more.
+            let patient = usage.free_bytes >= share(self.config.arena.low_watermark_percent) / 2;
+            let dirty = if patient { Dirty::WaitFor } else { Dirty::PassOver };
             while wanted > 0 {
-                let freed = self.evict_dram(wanted);
+                let freed = self.evict_dram(wanted, dirty);
                 if freed == 0 {
                     break;
                 }

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use crate::block::{NvmePlace, SlotRef};
 use crate::ids::{Digest, GroupId, Handle, Instant, ShardId, Version};
-use crate::policy::Access;
+use crate::policy::{Access, Leased};
 use crate::policy::sage::fit::{Fit, Fitted};
 use crate::words::{Class, RequestInfo, Tier};
 
@@ -122,10 +122,20 @@ impl Directory {
     /// Spare parts go first, then the policy's leaves. A durable position never leaves NVMe, nor DRAM before it is on
     /// NVMe; a leased one never leaves NVMe, and DRAM only when nothing else is left and NVMe has every part.
     pub fn victim(&mut self, tier: Tier, now: Instant) -> Option<Victim> {
+        self.next_victim(tier, now, Leased::PassOver)
+    }
+
+    /// The same for a caller that need not evict now: `None` as well where the position whose turn it is is leased. What
+    /// would go in its place is worth more.
+    pub fn victim_in_turn(&mut self, tier: Tier, now: Instant) -> Option<Victim> {
+        self.next_victim(tier, now, Leased::WaitFor)
+    }
+
+    fn next_victim(&mut self, tier: Tier, now: Instant, leased: Leased) -> Option<Victim> {
         let level = Level::of(tier)?;
         let (id, spare) = match self.spare_victim(level) {
             Some(id) => (id, true),
-            None => (self.policy.victim(&mut self.slab, level, now)?, false),
+            None => (self.policy.victim(&mut self.slab, level, now, leased)?, false),
         };
         let e = &self.slab[id];
         let home = self.homes.get(e.home);

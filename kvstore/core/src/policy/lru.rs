@@ -11,7 +11,7 @@ use crate::directory::slab::Slab;
 use crate::ids::Instant;
 
 use super::last_resort::LastResort;
-use super::{Access, Obstacle, Policy, obstacle};
+use super::{Access, Leased, Obstacle, Policy, obstacle};
 
 /// Values of an entry's policy byte.
 const PARKED: u8 = 0;
@@ -80,16 +80,19 @@ impl Policy for Lru {
 
     fn gone(&mut self, _: &mut Slab, _: EntryId, _: bool) {}
 
-    fn victim(&mut self, slab: &mut Slab, level: Level, _now: Instant) -> Option<EntryId> {
+    fn victim(&mut self, slab: &mut Slab, level: Level, _now: Instant, leased: Leased) -> Option<EntryId> {
         while let Some(id) = self.main[level as usize].front() {
             let Some(kept) = obstacle(slab, id, level) else { return Some(id) };
+            if kept == Obstacle::Leased && leased == Leased::WaitFor {
+                return None;
+            }
             self.unlink(slab, id, level);
             if kept == Obstacle::Leased && level == Level::Dram {
                 self.leased.push(slab, id);
                 slab[id].seat[level as usize] = LEASED;
             }
         }
-        if level == Level::Dram { self.leased.victim(slab) } else { None }
+        if level == Level::Dram && leased == Leased::PassOver { self.leased.victim(slab) } else { None }
     }
 
     fn defer(&mut self, slab: &mut Slab, id: EntryId, level: Level) {

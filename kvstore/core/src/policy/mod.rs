@@ -52,6 +52,15 @@ pub(crate) fn obstacle(slab: &Slab, id: EntryId, level: Level) -> Option<Obstacl
     }
 }
 
+/// What becomes of a victim that is leased.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Leased {
+    /// Others go in its place, and itself as a last resort.
+    PassOver,
+    /// Nobody goes before it.
+    WaitFor,
+}
+
 /// One access, as a policy is told of it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Access<'a> {
@@ -83,8 +92,9 @@ pub(crate) trait Policy: Send {
     /// `id` has left its last tier: `evicted` in its turn, or taken out for another reason.
     fn gone(&mut self, slab: &mut Slab, id: EntryId, evicted: bool);
 
-    /// The entry to evict next, still in place: asked twice with nothing done in between, the same.
-    fn victim(&mut self, slab: &mut Slab, level: Level, now: Instant) -> Option<EntryId>;
+    /// The entry to evict next, still in place: asked twice with nothing done in between, the same. Where it is leased,
+    /// `leased` says what then.
+    fn victim(&mut self, slab: &mut Slab, level: Level, now: Instant, leased: Leased) -> Option<EntryId>;
 
     /// Not now: others first, without counting as an access.
     fn defer(&mut self, slab: &mut Slab, id: EntryId, level: Level);

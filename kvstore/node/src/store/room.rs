@@ -41,13 +41,13 @@ impl NvmeRoom {
     }
 }
 
-/// What eviction does about a victim that is on its way to NVMe.
+/// What eviction does about a victim that is leased or on its way to NVMe.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Dirty {
-    /// Stops there: the end of its write says that it may go.
-    WaitFor,
-    /// Takes the next.
-    PassOver,
+enum Hurry {
+    /// It stops there: the end of the lease or of the write says when to go on.
+    No,
+    /// It takes the next.
+    Yes,
 }
 
 /// What came of a wish for room on NVMe.
@@ -129,14 +129,14 @@ impl Store {
             // Memory is on its way.
             None => false,
             Some(ReclaimHint::AnyBytes) => {
-                self.evict_dram(no_room.short_bytes.max(u64::from(len)), Dirty::PassOver) > 0
+                self.evict_dram(no_room.short_bytes.max(u64::from(len)), Hurry::Yes) > 0
             }
             // What is coldest mostly has the size that is wanted; where it has not, the cheapest extent is emptied.
             Some(ReclaimHint::SameSize) => {
-                self.evict_dram(u64::from(len), Dirty::PassOver) > 0 || self.reclaim(tenant, len)
+                self.evict_dram(u64::from(len), Hurry::Yes) > 0 || self.reclaim(tenant, len)
             }
             Some(ReclaimHint::OtherSizes) => {
-                self.reclaim(tenant, len) || self.evict_dram(u64::from(len), Dirty::PassOver) > 0
+                self.reclaim(tenant, len) || self.evict_dram(u64::from(len), Hurry::Yes) > 0
             }
         }
     }
@@ -166,16 +166,20 @@ impl Store {
     }
 
     /// Frees at least `bytes` of DRAM by policy, or what can be found; answers how many.
-    fn evict_dram(&self, bytes: u64, dirty: Dirty) -> u64 {
+    fn evict_dram(&self, bytes: u64, hurry: Hurry) -> u64 {
         let now = self.clock.policy();
         let mut freed = 0;
         for _ in 0..VICTIMS_PER_SLICE {
             if freed >= bytes {
                 break;
             }
-            let Some(victim) = self.directory.lock().victim(Tier::Dram, now) else { break };
+            let victim = match hurry {
+                Hurry::No => self.directory.lock().victim_in_turn(Tier::Dram, now),
+                Hurry::Yes => self.directory.lock().victim(Tier::Dram, now),
+            };
+            let Some(victim) = victim else { break };
             let is_dirty = |p: &VictimPart| p.place.is_none() && self.behind.is_queued(&block(&victim, p));
-            if dirty == Dirty::WaitFor && !victim.leased && victim.parts.iter().any(is_dirty) {
+            if hurry == Hurry::No && victim.parts.iter().any(is_dirty) {
                 break;
             }
             let held = |p: &VictimPart| !self.may_drop(&block(&victim, p), p.place.is_some(), victim.leased, p.slot);
@@ -228,12 +232,12 @@ impl Store {
             let mut wanted = share(self.config.arena.high_watermark_percent).saturating_sub(usage.free_bytes);
             // Before the look, so that what ends during it is not missed.
             self.short.store(true, Ordering::Release);
-            // While there is room, what should go first and is on its way to NVMe is waited for: in its place others would go
-            // that are worth more.
-            let patient = usage.free_bytes >= share(self.config.arena.low_watermark_percent) / 2;
-            let dirty = if patient { Dirty::WaitFor } else { Dirty::PassOver };
+            // While there is room, what should go first and cannot yet is waited for: in its place others would go that are
+            // worth more.
+            let room = usage.free_bytes >= share(self.config.arena.low_watermark_percent) / 2;
+            let hurry = if room { Hurry::No } else { Hurry::Yes };
             while wanted > 0 {
-                let freed = self.evict_dram(wanted, dirty);
+                let freed = self.evict_dram(wanted, hurry);
                 if freed == 0 {
                     break;
                 }

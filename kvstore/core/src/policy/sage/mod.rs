@@ -44,7 +44,7 @@ use self::ghosts::{Fell, Ghost, Ghosts, SAMPLED};
 use self::hazards::Hazards;
 use self::snapshot::Learned;
 use super::last_resort::LastResort;
-use super::{Access, Obstacle, Policy, obstacle};
+use super::{Access, Leased, Obstacle, Policy, obstacle};
 
 /// Ghosts remembered unless said otherwise: 128 MiB at most.
 pub const GHOSTS_MAX: u32 = 4 * 1024 * 1024;
@@ -286,7 +286,7 @@ impl Policy for Sage {
         });
     }
 
-    fn victim(&mut self, slab: &mut Slab, level: Level, now: Instant) -> Option<EntryId> {
+    fn victim(&mut self, slab: &mut Slab, level: Level, now: Instant, leased: Leased) -> Option<EntryId> {
         let l = level as usize;
         self.tick(now);
         self.cells[l].age(slab, &self.ranks, &self.ages, self.now);
@@ -295,13 +295,16 @@ impl Policy for Sage {
         }
         while let Some(id) = self.cells[l].first(&self.ranks).or_else(|| self.deferred[l].front()) {
             let Some(kept) = obstacle(slab, id, level) else { return Some(id) };
+            if kept == Obstacle::Leased && leased == Leased::WaitFor {
+                return None;
+            }
             self.unlink(slab, id, level);
             if kept == Obstacle::Leased && level == Level::Dram {
                 self.leased.push(slab, id);
                 slab[id].seat[l] = LEASED;
             }
         }
-        if level == Level::Dram { self.leased.victim(slab) } else { None }
+        if level == Level::Dram && leased == Leased::PassOver { self.leased.victim(slab) } else { None }
     }
 
     fn defer(&mut self, slab: &mut Slab, id: EntryId, level: Level) {

@@ -91,7 +91,7 @@ impl World {
 
     /// Lets the next victim go, which must be one that no leaf is worth less than.
     fn evict(&mut self) -> Option<u32> {
-        let id = self.sage.victim(&mut self.slab, Level::Dram, Instant(self.now));
+        let id = self.sage.victim(&mut self.slab, Level::Dram, Instant(self.now), Leased::PassOver);
         let leaves = self.leaves();
         let Some(id) = id else {
             assert!(leaves.is_empty(), "a leaf and no victim");

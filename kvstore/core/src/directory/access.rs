@@ -4,8 +4,8 @@ use std::collections::HashSet;
 
 use crate::block::{NvmePlace, SlotRef};
 use crate::ids::{Digest, GroupId, Handle, Instant, ShardId, Version};
-use crate::policy::{Access, Leased};
 use crate::policy::sage::fit::{Fit, Fitted};
+use crate::policy::{Access, Leased};
 use crate::words::{Class, RequestInfo, Tier};
 
 use super::Directory;

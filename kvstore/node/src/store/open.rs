@@ -125,7 +125,7 @@ impl Store {
             pressure: Notify::new(),
             short: AtomicBool::new(false),
             parting: Notify::new(),
-        scrubber: std::sync::OnceLock::new(),
+            scrubber: std::sync::OnceLock::new(),
             prefetch_queue: Arc::new(Semaphore::new(limits.prefetch_queue_max as usize)),
             prefetch_turns: Semaphore::new(PREFETCH_READS_MAX),
             watchers: AtomicU32::new(0),

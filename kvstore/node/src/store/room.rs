@@ -128,13 +128,9 @@ impl Store {
         match no_room.hint {
             // Memory is on its way.
             None => false,
-            Some(ReclaimHint::AnyBytes) => {
-                self.evict_dram(no_room.short_bytes.max(u64::from(len)), Hurry::Yes) > 0
-            }
+            Some(ReclaimHint::AnyBytes) => self.evict_dram(no_room.short_bytes.max(u64::from(len)), Hurry::Yes) > 0,
             // What is coldest mostly has the size that is wanted; where it has not, the cheapest extent is emptied.
-            Some(ReclaimHint::SameSize) => {
-                self.evict_dram(u64::from(len), Hurry::Yes) > 0 || self.reclaim(tenant, len)
-            }
+            Some(ReclaimHint::SameSize) => self.evict_dram(u64::from(len), Hurry::Yes) > 0 || self.reclaim(tenant, len),
             Some(ReclaimHint::OtherSizes) => {
                 self.reclaim(tenant, len) || self.evict_dram(u64::from(len), Hurry::Yes) > 0
             }

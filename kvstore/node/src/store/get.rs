@@ -369,6 +369,7 @@ impl Store {
                 };
                 let Some(part) = store.arena.pin(at) else { return Flight::Again };
                 if store.directory.lock().set_slot(&id, found.version, at) {
+                    store.pressure.notify_one();
                     store.counters.promoted_parts.one();
                     store.journal.moved(&Subject::of(&meta), Moved::Promoted, Tier::Dram);
                 } else {

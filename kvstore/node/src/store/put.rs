@@ -443,6 +443,7 @@ impl Store {
                 if let Inserted::Superseded(RemovedPart { slot, place: old, .. }) = inserted {
                     self.drop_copies(meta, slot, old).await;
                 }
+                self.pressure.notify_one();
                 self.counters.put_parts.one();
                 self.counters.put_bytes.add(u64::from(meta.len));
                 self.journal.stored(meta, reservation.parent_key.clone(), Arc::clone(&reservation.token_ids));

@@ -222,16 +222,18 @@ impl Store {
             }
             let usage = self.arena.usage();
             let share = |percent: u8| usage.capacity_bytes / 100 * u64::from(percent);
-            if usage.free_bytes >= share(self.config.arena.low_watermark_percent) {
+            let low = share(self.config.arena.low_watermark_percent);
+            // While there is room, what should go first and cannot yet is waited for: in its place others would go that are
+            // worth more. So is what is being written: it may be what should go first, and is no victim yet.
+            let room = usage.free_bytes >= low / 2;
+            let (hurry, free) =
+                if room { (Hurry::No, usage.free_bytes + usage.reserved_bytes) } else { (Hurry::Yes, usage.free_bytes) };
+            if free >= low {
                 continue;
             }
-            let mut wanted = share(self.config.arena.high_watermark_percent).saturating_sub(usage.free_bytes);
+            let mut wanted = share(self.config.arena.high_watermark_percent).saturating_sub(free);
             // Before the look, so that what ends during it is not missed.
             self.short.store(true, Ordering::Release);
-            // While there is room, what should go first and cannot yet is waited for: in its place others would go that are
-            // worth more.
-            let room = usage.free_bytes >= share(self.config.arena.low_watermark_percent) / 2;
-            let hurry = if room { Hurry::No } else { Hurry::Yes };
             while wanted > 0 {
                 let freed = self.evict_dram(wanted, hurry);
                 if freed == 0 {

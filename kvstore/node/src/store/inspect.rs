@@ -77,6 +77,10 @@ impl Store {
         counters.insert("kvkeep_mapped_orphaned_bytes".into(), mapped.orphaned_bytes);
         counters.insert("kvkeep_regions".into(), regions);
         counters.insert("kvkeep_region_bytes".into(), region_bytes);
+        let (sessions, session_positions, pinned) = self.session_usage();
+        counters.insert("kvkeep_sessions".into(), sessions as u64);
+        counters.insert("kvkeep_session_positions".into(), session_positions);
+        counters.insert("kvkeep_pinned_positions".into(), pinned as u64);
         v1::StatsReply {
             positions: totals.positions,
             blocks: totals.parts,

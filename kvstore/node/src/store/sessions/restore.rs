@@ -219,8 +219,25 @@ impl Store {
             }
         }
         drop(reads);
-        restored.progress = progress(restored);
+        // What came first may have had to go again: of a session larger than DRAM only a part is there.
+        let (positions, bytes) = self.in_dram(digests).await;
+        restored.progress = Progress { positions, bytes, ..restored.progress };
         restored.late = restored.progress.positions < digests.len() as u64;
+    }
+
+    /// Positions that are in DRAM with all their parts, and their bytes.
+    async fn in_dram(&self, digests: &[kvkeep_core::Digest]) -> (u64, u64) {
+        let (mut positions, mut bytes) = (0, 0);
+        for slice in digests.chunks(SLICE_KEYS) {
+            for parts in slice.iter().map(|digest| self.located(digest)) {
+                if !parts.is_empty() && parts.iter().all(|(_, part)| part.slot.is_some()) {
+                    positions += 1;
+                    bytes += parts.iter().map(|(_, part)| u64::from(part.len)).sum::<u64>();
+                }
+            }
+            tokio::task::yield_now().await;
+        }
+        (positions, bytes)
     }
 
     async fn bring_up_part(

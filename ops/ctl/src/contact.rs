@@ -64,7 +64,11 @@ impl Contact {
     }
 }
 
-fn pick(all: Vec<wire::NamespaceInfo>, name: Option<&str>) -> Outcome<wire::NamespaceInfo> {
+/// Names of the store's own namespaces begin so: it answers nobody who asks for them.
+const SYSTEM_PREFIX: &str = "system/";
+
+fn pick(mut all: Vec<wire::NamespaceInfo>, name: Option<&str>) -> Outcome<wire::NamespaceInfo> {
+    all.retain(|n| !n.name.starts_with(SYSTEM_PREFIX));
     let label = |n: &wire::NamespaceInfo| format!("{}/{} ({})", n.tenant, n.name, n.namespace_id);
     let names = all.iter().map(label).collect::<Vec<_>>().join(", ");
     let mut found: Vec<_> = match name {
@@ -116,6 +120,10 @@ mod tests {
         assert_eq!(pick(all(), Some("x")).unwrap_err().code(), 1);
         assert_eq!(pick(all(), None).unwrap_err().code(), 2);
         assert_eq!(pick(all()[..1].to_vec(), None).unwrap().namespace_id, 1);
+        let system = wire::NamespaceInfo { namespace_id: 4, name: "system/sessions".into(), ..Default::default() };
+        let one = vec![all()[0].clone(), system];
+        assert_eq!(pick(one.clone(), None).unwrap().namespace_id, 1, "the store's own are never meant");
+        assert_eq!(pick(one, Some("4")).unwrap_err().code(), 1);
         assert_eq!(pick(Vec::new(), None).unwrap_err().code(), 1);
     }
 }

@@ -121,12 +121,13 @@ impl Watcher {
 
     fn wants(&self, e: &Numbered) -> bool {
         self.namespace.is_none_or(|n| n == e.event.handle.namespace)
-            && self.store.views.get(self.caller.tenant, e.event.handle.namespace).is_ok()
+            && self.store.views.of_client(self.caller.tenant, e.event.handle.namespace).is_ok()
     }
 
     /// Sends what is here; `None` where the watcher went away.
     async fn snapshot(&self, sequence: u64) -> Option<()> {
-        let ours = self.store.views.all().into_iter().filter(|n| n.tenant == self.caller.tenant);
+        let ours =
+            self.store.views.all().into_iter().filter(|n| self.store.views.of_client(self.caller.tenant, n.id).is_ok());
         for namespace in ours.filter(|n| self.namespace.is_none_or(|id| id == n.id)) {
             let handle = namespace.handle();
             let mut cursor = Some(0);

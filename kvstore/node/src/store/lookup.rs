@@ -58,7 +58,7 @@ pub struct Matched {
 impl Store {
     /// The namespace behind a handle, and whether the handle is at its current revision.
     pub fn namespace_of(&self, caller: Caller, handle: Handle) -> Result<(Arc<Namespace>, bool)> {
-        let namespace = self.views.get(caller.tenant, handle.namespace)?;
+        let namespace = self.views.of_client(caller.tenant, handle.namespace)?;
         let current = namespace.revision == handle.revision;
         Ok((namespace, current))
     }

@@ -196,6 +196,7 @@ impl Store {
 
     /// The weights changed.
     pub async fn advance_revision(&self, caller: Caller, from: Handle, revision_digest: String) -> Result<Handle> {
+        self.views.of_client(caller.tenant, from.namespace)?;
         let command = Command::AdvanceRevision { tenant: caller.tenant, from, revision_digest };
         match self.catalogue.apply(command).await? {
             Outcome::Advanced(handle) => Ok(handle),

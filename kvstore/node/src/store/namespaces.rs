@@ -7,6 +7,8 @@ use kvkeep_core::catalogue::Namespace;
 use kvkeep_core::{Digest, DigestKey, Error, ErrorKind, Handle, KeyDomain, NamespaceId, Result, TenantId};
 use parking_lot::RwLock;
 
+use super::sessions::SYSTEM_PREFIX;
+
 /// The namespaces by id; a view is replaced when its namespace changes.
 #[derive(Default)]
 pub struct Views(RwLock<HashMap<NamespaceId, Arc<Namespace>>>);
@@ -26,9 +28,12 @@ impl Views {
     /// The namespace if it is this tenant's; its revision is not looked at.
     pub fn get(&self, tenant: TenantId, id: NamespaceId) -> Result<Arc<Namespace>> {
         // Another tenant's namespace and none at all are one answer.
-        self.any(id).filter(|n| n.tenant == tenant).ok_or_else(|| {
-            Error::new(ErrorKind::UnknownNamespace, "no such namespace: register it first").with("namespace_id", id)
-        })
+        self.any(id).filter(|n| n.tenant == tenant).ok_or_else(|| unknown(id))
+    }
+
+    /// The same for a handle that a client gave: the store's own namespaces are none of a client's.
+    pub fn of_client(&self, tenant: TenantId, id: NamespaceId) -> Result<Arc<Namespace>> {
+        self.get(tenant, id).and_then(|n| if n.name.starts_with(SYSTEM_PREFIX) { Err(unknown(id)) } else { Ok(n) })
     }
 
     /// The namespace, whoever's it is.
@@ -47,6 +52,10 @@ impl Views {
         all.sort_by_key(|n| n.id);
         all
     }
+}
+
+fn unknown(id: NamespaceId) -> Error {
+    Error::new(ErrorKind::UnknownNamespace, "no such namespace: register it first").with("namespace_id", id)
 }
 
 /// Key domain of everything that is not a private session: the tenant.

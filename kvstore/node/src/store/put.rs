@@ -149,7 +149,10 @@ impl Store {
         wish: ReserveWish,
         deadline: tokio::time::Instant,
     ) -> Result<Reserves> {
-        let namespace = self.views.get(caller.tenant, wish.handle.namespace)?;
+        let namespace = match wish.keeper {
+            Keeper::Caller => self.views.of_client(caller.tenant, wish.handle.namespace)?,
+            Keeper::Sessions => self.views.get(caller.tenant, wish.handle.namespace)?,
+        };
         if namespace.revision != wish.handle.revision {
             return Err(Error::new(
                 ErrorKind::StaleRevision,

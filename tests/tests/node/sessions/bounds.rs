@@ -36,6 +36,45 @@ async fn ids_attributes_and_names_beyond_their_bounds_are_refused() {
     }
 }
 
+/// Token ids lie in a namespace of the store's own: whoever guesses its handle gets nothing by it.
+#[tokio::test]
+async fn the_namespace_of_token_ids_is_unknown_to_clients() {
+    let node = Node::start(Options::default());
+    let client = node.client().await;
+    let ns = namespace(&node).await;
+    let call = Call::default();
+    let watch = kvkeep_client::Watch { handle: None, snapshot: true, after_sequence: 0 };
+    let mut events = client.watch_events(&watch, &call).await.unwrap();
+    open(&ns, "a", Class::Cache).await;
+    let tokens = Append { token_ids: vec![1, 2, 3], ..Append::default() };
+    ns.sessions().append("a", &tokens, &call).await.unwrap();
+    let listed = client.admin().namespaces(&call).await.unwrap();
+    let system = listed.iter().find(|n| n.name == "system/sessions").expect("an operator sees it");
+    let handle = kvkeep_core::Handle {
+        namespace: kvkeep_core::NamespaceId(system.namespace_id),
+        revision: kvkeep_core::Revision(system.revision),
+    };
+    let guessed = client.attach(handle);
+    let keys = payload::chain(1, 2);
+    let unknown = ErrorKind::UnknownNamespace;
+    is_refused(guessed.list(&bytes::Bytes::new(), 10, &call).await, unknown);
+    is_refused(guessed.remove(&keys, &call).await, unknown);
+    is_refused(guessed.put(&super::super::put_of(&keys, 1024, Class::Cache), &call).await, unknown);
+    is_refused(guessed.get(&[kvkeep_client::GetItem::of(keys[0].clone())], None, &call).await, unknown);
+    is_refused(guessed.advance_revision("x", &call).await, unknown);
+    is_refused(guessed.sessions().open("b", &OpenSession::default(), &call).await, unknown);
+    // Nor do engines hear of its blocks: the first they hear of is their own.
+    store(&ns, &keys, 1024, Class::Cache).await;
+    let heard = loop {
+        let batch = events.next_batch().await.unwrap().unwrap();
+        if let Some(event) = batch.events.first() {
+            break event.key.clone();
+        }
+    };
+    assert_eq!(heard, keys[0]);
+    assert_eq!(ns.sessions().tokens_all("a", &call).await.unwrap().ids, [1, 2, 3]);
+}
+
 /// The SDK cuts large appends; who speaks the wire by hand is told.
 #[tokio::test]
 async fn more_than_one_call_takes_is_refused() {

@@ -299,7 +299,13 @@ impl Driver<'_> {
                 match outcome {
                     PartOutcome::Stored { .. } => {}
                     PartOutcome::AlreadyPresent { .. } => self.live.parts_present += 1,
-                    PartOutcome::InProgressElsewhere { .. } => bail!("nobody else writes here"),
+                    // A call of ours that was given up and sent again has not ended yet.
+                    PartOutcome::InProgressElsewhere { retry_after } if since.elapsed() < FULL_MAX => {
+                        self.live.puts_waited += 1;
+                        tokio::time::sleep(retry_after).await;
+                        break;
+                    }
+                    PartOutcome::InProgressElsewhere { .. } => bail!("a part is being written for {FULL_MAX:?}"),
                     PartOutcome::Refused(error) if is_full(&error) && since.elapsed() < FULL_MAX => {
                         self.live.puts_waited += 1;
                         tokio::time::sleep(error.retry_after().unwrap_or(LOOK_MAX)).await;

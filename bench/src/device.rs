@@ -6,7 +6,6 @@
 //! Floor: the bytes over the device once, by DMA into the region, and a pass for the sums.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
@@ -17,9 +16,9 @@ use rand::SeedableRng as _;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom as _;
 use serde::Serialize;
-use serde_json::Value;
 
 use crate::block_bytes::{self, Seed};
+use crate::fio;
 use crate::keys::PrefixId;
 use crate::load::any_size_format;
 use crate::measure::{gb_per_s, load_average, median};
@@ -97,8 +96,7 @@ pub async fn command(command: DeviceCommand) -> anyhow::Result<bool> {
     ensure!(command.pairs >= 5, "--pairs is at least 5");
     ensure!((BATCH..=1 << 20).contains(&command.mib), "--mib is {BATCH} to 1048576");
     ensure!((1..=60_000).contains(&command.window_ms), "--window-ms is 1 to 60000");
-    let said = Command::new("fio").arg("--version").output().context("fio is needed to compare with: install it")?;
-    ensure!(said.status.success(), "fio does not say its version");
+    fio::version().context("fio is needed to compare with: install it")?;
     let data = DataDir::open(command.data_dir.as_deref())?;
     let mut bench = Bench::start(&command, &data).await?;
     let window = Duration::from_millis(command.window_ms);
@@ -271,39 +269,14 @@ fn position_key(n: usize) -> bytes::Bytes {
 
 /// GB/s of fio over the node's segment files.
 fn fio(data: &Path, window: Duration, seed: u64) -> anyhow::Result<f64> {
-    let mut segments = Vec::new();
-    find_segments(data, &mut segments)?;
-    segments.sort();
-    // The last one is not full.
-    segments.pop();
-    ensure!(!segments.is_empty(), "the node has filled no segment file under {}", data.display());
-    let names: Vec<_> = segments.iter().map(|path| path.display().to_string().replace(':', "\\:")).collect();
-    let said = Command::new("fio")
-        .args(["--name=read", "--ioengine=io_uring", "--direct=1", "--fixedbufs", "--registerfiles", "--readonly"])
-        .args(["--rw=randread", "--norandommap", "--randrepeat=0", "--time_based", "--output-format=json"])
-        .args(["--file_service_type=random"])
-        .arg(format!("--filename={}", names.join(":")))
-        .arg(format!("--bs={BLOCK_BYTES}"))
-        .arg(format!("--iodepth={READS_IN_FLIGHT}"))
-        .arg(format!("--runtime={}ms", window.as_millis()))
-        .arg(format!("--randseed={}", seed + 1))
-        .output()
-        .context("fio did not start")?;
-    ensure!(said.status.success(), "fio failed: {}", String::from_utf8_lossy(&said.stderr));
-    let report: Value = serde_json::from_slice(&said.stdout).context("fio did not answer in JSON")?;
-    let bytes = report["jobs"][0]["read"]["bw_bytes"].as_f64().context("fio's report has no bw_bytes")?;
-    Ok(bytes / 1e9)
-}
-
-/// Segment files under a folder.
-fn find_segments(folder: &Path, found: &mut Vec<PathBuf>) -> anyhow::Result<()> {
-    for entry in std::fs::read_dir(folder).with_context(|| format!("folder {}", folder.display()))? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            find_segments(&entry.path(), found)?;
-        } else if entry.file_name().to_string_lossy().starts_with("segment-") {
-            found.push(entry.path());
-        }
-    }
-    Ok(())
+    let more = [
+        "--rw=randread".to_owned(),
+        "--norandommap".to_owned(),
+        "--randrepeat=0".to_owned(),
+        "--time_based".to_owned(),
+        "--file_service_type=random".to_owned(),
+        format!("--runtime={}ms", window.as_millis()),
+        format!("--randseed={}", seed + 1),
+    ];
+    fio::read(&fio::whole_segments(data)?, BLOCK_BYTES as u64, READS_IN_FLIGHT, &more)
 }

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use kvkeep_bench::{background, device, grpc, load, main_job, matching, peers, policy, replay, tiers};
+use kvkeep_bench::{background, device, grpc, load, main_job, matching, peers, policy, replay, sessions, tiers};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Load, replay and comparisons for KVKeep.
@@ -34,6 +34,8 @@ enum Command {
     Policy(policy::PolicyCommand),
     /// What DRAM and NVMe of a node serve of a trace, simulated and live
     Tiers(tiers::TiersCommand),
+    /// What sessions cost: appends a second, and a restore from NVMe beside fio
+    Sessions(sessions::SessionsCommand),
     /// What gets from DRAM feel of scrubs and of writing behind
     Background(background::BackgroundCommand),
     /// The bare service that `grpc` compares with
@@ -55,6 +57,7 @@ async fn run(command: Command) -> anyhow::Result<bool> {
         Command::Peers(c) => peers::command(c).await,
         Command::Policy(c) => policy::command(c).await,
         Command::Tiers(c) => tiers::command(c).await,
+        Command::Sessions(c) => sessions::command(c).await,
         Command::Background(c) => background::command(c).await,
         Command::PeersReference(c) => peers::references::server::command(c).await,
         Command::BareServer(c) => grpc::bare::command(c).await,

@@ -1,5 +1,6 @@
 //! `main`, what `make run` runs: a node, a multi-turn workload through it, `kill -9` half-way, a restart, the rest of the
-//! workload, every promise asked for, and the account.
+//! workload, every promise asked for, and the account. A quarter of the conversations is kept as durable sessions: each one
+//! acknowledged before the kill is restored and compared after it, beside the workload, and each one once more at the end.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -11,9 +12,10 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::node::{DataDir, Node, Recipe};
-use crate::replay::engine::Shared;
+use crate::replay::engine::{Engine, Shared};
 use crate::replay::plan::{ReplayArgs, ServerArgs, WayArg};
 use crate::replay::report::{ReplayReport, write_json};
+use crate::replay::sessions::check::SessionCheck;
 use crate::replay::tally::Live;
 use crate::replay::{open, run};
 use crate::units::ByteSize;
@@ -25,7 +27,7 @@ const LOOK_PERIOD: Duration = Duration::from_millis(10);
 
 /// Flags of `kvkeep-bench main`.
 #[derive(Args, Debug)]
-#[command(mut_arg("durable_share", |a| a.default_value("0.25")), mut_arg("sessions", |a| a.default_value("1200")))]
+#[command(mut_arg("durable_share", |a| a.default_value("0.25")), mut_arg("sessions", |a| a.default_value("1200")), mut_arg("session_share", |a| a.default_value("0.25")))]
 pub struct MainCommand {
     #[command(flatten)]
     replay: ReplayArgs,
@@ -39,7 +41,7 @@ pub struct MainCommand {
     #[arg(long, default_value = "256MiB")]
     arena_bytes: ByteSize,
     /// NVMe of the node
-    #[arg(long, default_value = "4GiB")]
+    #[arg(long, default_value = "6GiB")]
     nvme_bytes: ByteSize,
     /// Write the report to this file as JSON; `-` is standard output
     #[arg(long)]
@@ -76,6 +78,8 @@ struct Killed {
     restart_to_ready_s: f64,
     /// From starting the process again to the first block that came back right, seconds; absent: there was none.
     restart_to_first_hit_s: Option<f64>,
+    /// Sessions acknowledged before the kill, as they were after it, while the workload went on.
+    sessions: SessionCheck,
 }
 
 /// Runs `kvkeep-bench main`; answers whether every byte was right and every promise kept.
@@ -132,7 +136,9 @@ pub async fn command(mut command: MainCommand) -> anyhow::Result<bool> {
     let server_cpu = cpu_before + node.cpu_seconds();
     node.stop().await?;
 
-    let replay = ReplayReport::new(&shared.plan, &outcome);
+    let mut replay = ReplayReport::new(&shared.plan, &outcome);
+    replay.bytes_verified += killed.sessions.bytes_compared;
+    replay.bytes_wrong += killed.sessions.bytes_wrong;
     // The final check reads too, and both sides' CPU time holds it.
     let gb = (replay.bytes_verified + replay.bytes_written()) as f64 / 1e9;
     let per_gb = |seconds: f64| if gb > 0.0 { seconds / gb } else { 0.0 };
@@ -153,7 +159,7 @@ pub async fn command(mut command: MainCommand) -> anyhow::Result<bool> {
     };
     eprintln!("{}", report.table());
     write_json(&report, command.json.as_deref())?;
-    Ok(report.replay.is_right())
+    Ok(report.replay.is_right() && report.kill.sessions.is_right())
 }
 
 /// Waits for the middle of the workload, kills the node and starts it again at the same address. `None` where the replay was
@@ -173,6 +179,8 @@ async fn kill_half_way(
         tokio::time::sleep(LOOK_PERIOD).await;
     }
     let after_requests = Live::get(&shared.live.requests);
+    // What is acknowledged from here on may be cut off by the kill or not.
+    let promises = shared.sessions.promises();
     let cpu = node.cpu_seconds();
     let listen = node.listen.clone();
     node.kill().await?;
@@ -181,11 +189,14 @@ async fn kill_half_way(
     let began = Instant::now();
     let node = recipe.start(&listen).await?;
     eprintln!("the node is up again after {:.2} s", began.elapsed().as_secs_f64());
+    let sessions = Engine::new(Arc::clone(shared)).check_sessions(&promises, false).await?;
+    eprintln!("acknowledged before the kill: {}", sessions.line());
     let killed = Killed {
         after_requests,
         of_requests: total,
         restart_to_ready_s: node.start_took.as_secs_f64(),
         restart_to_first_hit_s: None,
+        sessions,
     };
     Ok(Some((node, killed, cpu)))
 }
@@ -197,6 +208,22 @@ impl MainReport {
         row("killed with SIGKILL", format!("after {} of {} requests", self.kill.after_requests, self.kill.of_requests));
         let first = self.kill.restart_to_first_hit_s.map_or("none".to_owned(), |s| format!("{s:.2} s"));
         row("start to ready, to first hit", format!("{:.2} s, {first}", self.kill.restart_to_ready_s));
+        row(
+            "  sessions durable, whole after it",
+            format!("{}, {}", self.kill.sessions.sessions, self.kill.sessions.whole),
+        );
+        row(
+            "    bytes compared, wrong",
+            format!("{}, {}", self.kill.sessions.bytes_compared, self.kill.sessions.bytes_wrong),
+        );
+        row(
+            "    restored beside the workload",
+            format!(
+                "{:.2} GB at {:.2} GB/s",
+                self.kill.sessions.restored_bytes as f64 / 1e9,
+                self.kill.sessions.restore_gb_per_s
+            ),
+        );
         row(
             "CPU s per GB (server, bench)",
             format!(

@@ -51,10 +51,11 @@ async fn show(shared: Arc<Shared>, total: Option<u64>, mut ended: oneshot::Recei
         (before, bytes_before) = (Instant::now(), bytes);
         let requests = Live::get(&live.requests);
         let text = format!(
-            "hit {:.1} %  {rate:.2} GB/s  wrong {}  durable {}",
+            "hit {:.1} %  {rate:.2} GB/s  wrong {}  durable {}  sessions {}",
             share(Live::get(&live.hit_tokens), Live::get(&live.input_tokens)) * 100.0,
             Live::get(&live.bytes_wrong),
             shared.ledger.len(),
+            shared.sessions.len(),
         );
         match &bar {
             Some(bar) => {
@@ -70,6 +71,56 @@ async fn show(shared: Arc<Shared>, total: Option<u64>, mut ended: oneshot::Recei
                 bar.finish_and_clear();
             }
             return;
+        }
+    }
+}
+
+/// How far a number of steps of one kind are: a bar on a terminal, a line now and then elsewhere.
+pub struct Steps {
+    what: &'static str,
+    total: u64,
+    shown: Option<Shown>,
+}
+
+enum Shown {
+    Bar(ProgressBar),
+    Lines(Instant),
+}
+
+impl Steps {
+    /// Begins; nothing is shown without `show`.
+    pub fn new(what: &'static str, total: u64, show: bool) -> Self {
+        let shown = match show {
+            false => None,
+            true if std::io::stderr().is_terminal() => {
+                let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
+                let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}");
+                Some(Shown::Bar(bar.with_style(style.expect("the template above is well-formed"))))
+            }
+            true => Some(Shown::Lines(Instant::now())),
+        };
+        Self { what, total, shown }
+    }
+
+    /// So many are done.
+    pub fn at(&mut self, done: u64, more: &str) {
+        match &mut self.shown {
+            Some(Shown::Bar(bar)) => {
+                bar.set_position(done);
+                bar.set_message(format!("{}  {more}", self.what));
+            }
+            Some(Shown::Lines(last)) if last.elapsed() >= LINE_PERIOD => {
+                *last = Instant::now();
+                eprintln!("{}: {done}/{}  {more}", self.what, self.total);
+            }
+            _ => {}
+        }
+    }
+
+    /// The bar goes.
+    pub fn end(self) {
+        if let Some(Shown::Bar(bar)) = self.shown {
+            bar.finish_and_clear();
         }
     }
 }

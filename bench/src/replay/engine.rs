@@ -11,17 +11,18 @@ use bytes::Bytes;
 use kvkeep_client::{
     Call, Error, ErrorKind, GetItem, Match, MatchQuery, Namespace, PartOutcome, Put, PutPart, PutPosition,
 };
-use kvkeep_core::{Class, ErrorKind as CoreKind, RequestId, RequestInfo, Tier};
+use kvkeep_core::{Class, ErrorKind as CoreKind, RequestId, RequestInfo, Tier, Version};
 
 use super::ledger::{BlockName, Ledger};
 use super::plan::{PaceArg, Plan, PolicyClockArg, RetentionArg};
+use super::sessions::ledger::SessionLedger;
 use super::tally::{Live, Tally};
 use crate::block_bytes::{self, Seed};
 use crate::keys::PrefixId;
 use crate::trace::Request;
 
 /// Pause before a phase is tried again while the server is away.
-const OUTAGE_PAUSE: Duration = Duration::from_millis(50);
+pub(super) const OUTAGE_PAUSE: Duration = Duration::from_millis(50);
 /// Longest pause that the server may ask for.
 const PAUSE_MAX: Duration = Duration::from_secs(2);
 /// Lease of a request: long enough for its gets, short enough to end soon after a crash of ours.
@@ -33,8 +34,10 @@ pub struct Shared {
     pub plan: Plan,
     /// Where blocks go.
     pub namespace: Namespace,
-    /// What was promised.
+    /// Blocks that were promised.
     pub ledger: Ledger,
+    /// Sessions that were promised.
+    pub sessions: SessionLedger,
     /// What is watched.
     pub live: Live,
     /// When the replay began.
@@ -43,13 +46,13 @@ pub struct Shared {
 
 /// One engine and its counts.
 pub struct Engine {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     /// What it has counted.
     pub tally: Tally,
 }
 
 /// Why a phase did not finish.
-enum Halt {
+pub(super) enum Halt {
     /// The server is away, restarting or full for the moment.
     Away(Error),
     /// It will not work however often it is tried.
@@ -64,13 +67,17 @@ struct Read {
 }
 
 /// How long the server may stay away.
-struct Patience {
+pub(super) struct Patience {
     bound: Duration,
     since: Option<Instant>,
 }
 
 impl Patience {
-    async fn wait(&mut self, verb: &str, error: Error) -> anyhow::Result<()> {
+    pub(super) fn new(bound: Duration) -> Self {
+        Self { bound, since: None }
+    }
+
+    pub(super) async fn wait(&mut self, verb: &str, error: Error) -> anyhow::Result<()> {
         let since = *self.since.get_or_insert_with(Instant::now);
         if since.elapsed() > self.bound {
             return Err(error).with_context(|| format!("{verb}: the server was away for over {:?}", self.bound));
@@ -81,7 +88,7 @@ impl Patience {
 }
 
 /// Whether an error says that the server is away or busy, and not that the request is wrong.
-fn passes(error: &Error) -> bool {
+pub(super) fn passes(error: &Error) -> bool {
     error.is_retryable()
         || matches!(
             error.kind(),
@@ -107,7 +114,7 @@ impl Engine {
         }
         let call = self.call(request);
         let keys: Vec<Bytes> = request.blocks.iter().map(|b| Bytes::copy_from_slice(b.key().as_bytes())).collect();
-        let mut patience = Patience { bound: plan.outage, since: None };
+        let mut patience = Patience::new(plan.outage);
         let read = loop {
             match self.read(request, &keys, &call).await {
                 Ok(read) => break read,
@@ -115,10 +122,31 @@ impl Engine {
                 Err(Halt::Fatal(e)) => return Err(e),
             }
         };
-        patience.since = None;
-        let mut done = read.positions;
+        self.put_from(request, &keys, read.positions, &call).await?;
+        if plan.is_kept(request.session) {
+            self.keep(request, &keys, &call).await?;
+        }
+        // Failing is harmless: the lease ends by itself.
+        let brief = call.clone().within(Duration::from_secs(1));
+        if let Err(e) = shared.namespace.release(&[], std::slice::from_ref(&call.request_id), &brief).await {
+            self.tally.error("release", &e);
+        }
+        self.count(request, &read);
+        Ok(())
+    }
+
+    /// Puts the positions of a chain from one on, batch by batch, as far as they are worth trying.
+    pub(super) async fn put_from(
+        &mut self,
+        request: &Request,
+        keys: &[Bytes],
+        first: usize,
+        call: &Call,
+    ) -> anyhow::Result<()> {
+        let mut patience = Patience::new(self.shared.plan.outage);
+        let mut done = first;
         while done < keys.len() {
-            match self.put_batch(request, &keys, done, &call).await {
+            match self.put_batch(request, keys, done, call).await {
                 Ok(0) => break,
                 Ok(positions) => {
                     done += positions;
@@ -128,12 +156,6 @@ impl Engine {
                 Err(Halt::Fatal(e)) => return Err(e),
             }
         }
-        // Failing is harmless: the lease ends by itself.
-        let brief = call.clone().within(Duration::from_secs(1));
-        if let Err(e) = shared.namespace.release(&[], std::slice::from_ref(&call.request_id), &brief).await {
-            self.tally.error("release", &e);
-        }
-        self.count(request, &read);
         Ok(())
     }
 
@@ -163,7 +185,7 @@ impl Engine {
     }
 
     /// Notes a failure and says what it means.
-    fn halt(&mut self, verb: &'static str, error: Error) -> Halt {
+    pub(super) fn halt(&mut self, verb: &'static str, error: Error) -> Halt {
         self.tally.error(verb, &error);
         if passes(&error) { Halt::Away(error) } else { Halt::Fatal(anyhow::Error::new(error).context(verb)) }
     }
@@ -360,45 +382,56 @@ impl Engine {
         let per_batch = usize::try_from(plan.args.get_batch_bytes.0 / plan.part_bytes()).unwrap_or(usize::MAX).max(1);
         let mut checked = Checked::default();
         for batch in promises.chunks(per_batch) {
-            let mut open: Vec<_> = batch.to_vec();
-            let mut patience = Patience { bound: plan.outage, since: None };
-            while !open.is_empty() {
-                let items: Vec<_> = open
-                    .iter()
-                    .map(|(b, _)| GetItem::part(Bytes::copy_from_slice(b.id.key().as_bytes()), b.group, b.shard))
-                    .collect();
-                let parts = match shared.namespace.get(&items, None, &Call::default()).await {
-                    Ok(parts) => parts,
-                    Err(e) if passes(&e) => {
-                        self.tally.error("check", &e);
-                        patience.wait("check", e).await?;
-                        continue;
-                    }
-                    Err(e) => bail!(anyhow::Error::new(e).context("check")),
-                };
-                let mut again = Vec::new();
-                for ((block, version), part) in open.into_iter().zip(parts) {
-                    use kvkeep_core::{MissReason, PartStatus};
-                    let later =
-                        matches!(part.status, PartStatus::Loading | PartStatus::Pending | PartStatus::Throttled)
-                            || matches!(part.reason, Some(MissReason::Late));
-                    if !part.is_hit() && later && patience.since.is_none_or(|s| s.elapsed() < patience.bound) {
-                        again.push((block, version));
-                        continue;
-                    }
-                    checked.blocks_checked += 1;
-                    if part.is_hit() && self.verify(block, &part.data) {
-                        checked.versions_changed += u64::from(version.is_some() && part.version != version);
-                    } else {
-                        checked.blocks_lost += 1;
-                        self.tally.lost(part.reason.map_or(part.status.word(), |r| r.word()));
-                    }
+            let one = self.read_back(batch.to_vec()).await?;
+            checked.blocks_checked += one.blocks_checked;
+            checked.blocks_lost += one.blocks_lost;
+            checked.versions_changed += one.versions_changed;
+        }
+        Ok(checked)
+    }
+
+    /// Gets blocks in one call and compares every byte; those on their way are waited for.
+    pub(super) async fn read_back(&mut self, mut open: Vec<(BlockName, Option<Version>)>) -> anyhow::Result<Checked> {
+        let shared = Arc::clone(&self.shared);
+        let mut checked = Checked::default();
+        let mut patience = Patience::new(shared.plan.outage);
+        while !open.is_empty() {
+            let items: Vec<_> = open
+                .iter()
+                .map(|(b, _)| GetItem::part(Bytes::copy_from_slice(b.id.key().as_bytes()), b.group, b.shard))
+                .collect();
+            let parts = match shared.namespace.get(&items, None, &Call::default()).await {
+                Ok(parts) => parts,
+                Err(e) if passes(&e) => {
+                    self.tally.error("check", &e);
+                    patience.wait("check", e).await?;
+                    continue;
                 }
-                open = again;
-                if !open.is_empty() {
-                    patience.since.get_or_insert_with(Instant::now);
-                    tokio::time::sleep(OUTAGE_PAUSE).await;
+                Err(e) => bail!(anyhow::Error::new(e).context("check")),
+            };
+            let mut again = Vec::new();
+            for ((block, version), part) in open.into_iter().zip(parts) {
+                use kvkeep_core::{MissReason, PartStatus};
+                let later = matches!(part.status, PartStatus::Loading | PartStatus::Pending | PartStatus::Throttled)
+                    || matches!(part.reason, Some(MissReason::Late));
+                if !part.is_hit() && later && patience.since.is_none_or(|s| s.elapsed() < patience.bound) {
+                    again.push((block, version));
+                    continue;
                 }
+                checked.blocks_checked += 1;
+                if part.is_hit() && self.verify(block, &part.data) {
+                    checked.versions_changed += u64::from(version.is_some() && part.version != version);
+                } else {
+                    checked.blocks_lost += 1;
+                    self.tally.lost(part.reason.map_or(part.status.word(), |r| r.word()));
+                }
+                // As above: comparing takes milliseconds.
+                tokio::task::yield_now().await;
+            }
+            open = again;
+            if !open.is_empty() {
+                patience.since.get_or_insert_with(Instant::now);
+                tokio::time::sleep(OUTAGE_PAUSE).await;
             }
         }
         Ok(checked)

@@ -1,13 +1,15 @@
 //! `replay`: a workload through the real API, every byte that comes back compared.
 //!
 //! [`plan`] has the flags and what follows from them -> [`dispatch`] hands requests to engines -> [`engine`] serves one:
-//! match, get, compare, put -> [`ledger`] keeps what was promised -> [`tally`] counts -> [`report`] says it.
+//! match, get, compare, put -> [`sessions`] appends to those that are kept -> [`ledger`] keeps what was promised -> [`tally`]
+//! counts -> [`report`] says it.
 
 pub mod dispatch;
 pub mod engine;
 pub mod ledger;
 pub mod plan;
 pub mod report;
+pub mod sessions;
 pub mod tally;
 
 use std::path::PathBuf;
@@ -25,6 +27,8 @@ use engine::{Checked, Engine, Shared};
 use ledger::Ledger;
 use plan::{Plan, ReplayArgs, ServerArgs};
 use report::ReplayReport;
+use sessions::check::SessionCheck;
+use sessions::ledger::SessionLedger;
 use tally::{Live, Tally};
 
 /// Flags of `kvkeep-bench replay`.
@@ -51,6 +55,10 @@ pub struct Outcome {
     pub acknowledged: u64,
     /// What became of them; `None` where nothing was promised.
     pub checked: Option<Checked>,
+    /// Acknowledged appends to kept sessions, and turns that did not go on from what was acknowledged.
+    pub appends: (u64, u64),
+    /// What became of kept sessions; `None` where none was kept.
+    pub sessions: Option<SessionCheck>,
     /// CPU seconds of this process, the check of what was promised included.
     pub cpu_seconds: f64,
 }
@@ -72,7 +80,14 @@ pub async fn open(plan: Plan, config: ClientConfig) -> anyhow::Result<Arc<Shared
     let endpoint = config.endpoint.clone();
     let client = Client::connect(config).await.with_context(|| format!("no server at {endpoint}"))?;
     let namespace = register(&client, &plan).await?;
-    Ok(Arc::new(Shared { plan, namespace, ledger: Ledger::default(), live: Live::default(), began: Instant::now() }))
+    Ok(Arc::new(Shared {
+        plan,
+        namespace,
+        ledger: Ledger::default(),
+        sessions: SessionLedger::default(),
+        live: Live::default(),
+        began: Instant::now(),
+    }))
 }
 
 async fn register(client: &Client, plan: &Plan) -> anyhow::Result<Namespace> {
@@ -121,14 +136,21 @@ pub async fn run(shared: &Arc<Shared>, workload: Workload) -> anyhow::Result<Out
     } else {
         let mut checker = Engine::new(Arc::clone(shared));
         let checked = checker.check_promises().await?;
-        // The check is part of what was verified, but its reads are no hits and its time is not the workload's.
-        tally.bytes_verified += checker.tally.bytes_verified;
-        tally.bytes_wrong += checker.tally.bytes_wrong;
-        tally.parts_wrong += checker.tally.parts_wrong;
+        tally.add_check(&checker.tally);
         Some(checked)
     };
+    let promises = shared.sessions.promises();
+    let sessions = if promises.is_empty() {
+        None
+    } else {
+        let mut checker = Engine::new(Arc::clone(shared));
+        let check = checker.check_sessions(&promises, true).await?;
+        tally.add_check(&checker.tally);
+        Some(check)
+    };
     let cpu_seconds = crate::measure::own_cpu_seconds() - cpu;
-    Ok(Outcome { tally, took, source: workload.source, acknowledged, checked, cpu_seconds })
+    let appends = shared.sessions.appends_and_diverged();
+    Ok(Outcome { tally, took, source: workload.source, acknowledged, checked, appends, sessions, cpu_seconds })
 }
 
 async fn serve_all(engine: &mut Engine, dispatcher: &Arc<Dispatcher>) -> anyhow::Result<()> {

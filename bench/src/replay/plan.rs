@@ -20,6 +20,9 @@ const WINDOW_POSITIONS: u32 = 4;
 /// Most concurrent engines.
 const ENGINES_MAX: u32 = 1024;
 
+/// Longest name of a trace in the ids of sessions.
+const SESSION_PREFIX_MAX: usize = 64;
+
 /// Where the server is.
 #[derive(Args, Clone, Debug)]
 pub struct ServerArgs {
@@ -158,6 +161,9 @@ pub struct ReplayArgs {
     /// Share of sessions whose puts are durable whatever --class says
     #[arg(long, default_value_t = 0.0, value_parser = parse_share)]
     pub durable_share: f64,
+    /// Share of sessions that have a durable session in the store, whose turns are appended; none of --durable-share
+    #[arg(long, default_value_t = 0.0, value_parser = parse_share)]
+    pub session_share: f64,
     /// What to do where a tier is full
     #[arg(long, value_enum, default_value = "best-effort")]
     pub retention: RetentionArg,
@@ -199,6 +205,8 @@ pub struct Plan {
     pub format: Format,
     /// The namespace's name.
     pub namespace: String,
+    /// What the ids of kept sessions begin with: the workload, so that the same one again finds its own.
+    pub session_prefix: String,
     /// How long the server may be away.
     pub outage: Duration,
 }
@@ -217,11 +225,24 @@ impl ReplayArgs {
         }
     }
 
+    fn session_prefix(&self) -> String {
+        match self.trace.as_ref().and_then(|path| path.file_name()) {
+            Some(name) => {
+                name.to_string_lossy().chars().filter(char::is_ascii_graphic).take(SESSION_PREFIX_MAX).collect()
+            }
+            None => format!("seed-{}-{}x{}", self.seed, self.sessions, self.turns),
+        }
+    }
+
     /// Checks the flags; `tokens_per_block` is the workload's.
     pub fn plan(&self, tokens_per_block: u32) -> anyhow::Result<Plan> {
         ensure!((1..=ENGINES_MAX).contains(&self.engines), "--engines is 1 to {ENGINES_MAX}");
         ensure!(self.groups >= 1 && usize::from(self.groups) <= GROUPS_MAX, "--groups is 1 to {GROUPS_MAX}");
         ensure!((1..=SHARDS_MAX).contains(&self.shards), "--shards is 1 to {SHARDS_MAX}");
+        ensure!(
+            self.durable_share + self.session_share <= 1.0,
+            "--durable-share and --session-share are over 1 together"
+        );
         let group = |i: u16| Group {
             rule: match i {
                 0 => Rule::All,
@@ -248,21 +269,30 @@ impl ReplayArgs {
         let namespace = self.namespace.clone().unwrap_or_else(|| {
             format!("replay-{}-g{}-s{}-t{tokens_per_block}", self.block_bytes, self.groups, self.shards)
         });
-        Ok(Plan { args: self.clone(), format, namespace, outage: Duration::from_secs(self.outage_s) })
+        let outage = Duration::from_secs(self.outage_s);
+        Ok(Plan { args: self.clone(), format, namespace, session_prefix: self.session_prefix(), outage })
     }
 }
 
 impl Plan {
     /// What a session's puts ask for.
     pub fn class(&self, session: SessionId) -> Class {
-        let mut h = SipHasher13::new();
-        h.write_u64(session.0);
-        let draw = h.finish() as f64 / u64::MAX as f64;
         match self.args.class {
             ClassArg::Durable => Class::Durable,
-            ClassArg::Cache if draw < self.args.durable_share => Class::Durable,
+            ClassArg::Cache if draw(session) < self.args.durable_share => Class::Durable,
             ClassArg::Cache => Class::Cache,
         }
+    }
+
+    /// Whether the store has a durable session of it: those behind the share whose puts are durable.
+    pub fn is_kept(&self, session: SessionId) -> bool {
+        let from = self.args.durable_share;
+        (from..from + self.args.session_share).contains(&draw(session))
+    }
+
+    /// The id of its session in the store.
+    pub fn session_id(&self, session: SessionId) -> String {
+        format!("{}-{}", self.session_prefix, session.0)
     }
 
     /// For the client.
@@ -310,6 +340,13 @@ impl Plan {
     }
 }
 
+/// 0 to 1, always the same one for a session.
+fn draw(session: SessionId) -> f64 {
+    let mut h = SipHasher13::new();
+    h.write_u64(session.0);
+    h.finish() as f64 / u64::MAX as f64
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -343,6 +380,7 @@ mod tests {
             assert!(plan(bad).is_err(), "{bad}");
         }
         assert!(plan("--durable-share 1.5").is_err());
+        assert!(plan("--durable-share 0.5 --session-share 0.6").is_err());
     }
 
     #[test]
@@ -350,5 +388,15 @@ mod tests {
         let plan = plan("--durable-share 0.25").unwrap();
         let durable = (0..1000).filter(|n| plan.class(SessionId(*n)) == Class::Durable).count();
         assert!((200..300).contains(&durable), "{durable}");
+    }
+
+    /// The append is what makes a kept session's blocks durable, so their puts are not.
+    #[test]
+    fn kept_sessions_are_about_their_share_and_none_whose_puts_are_durable() {
+        let plan = plan("--durable-share 0.25 --session-share 0.25").unwrap();
+        let kept: Vec<_> = (0..1000).map(SessionId).filter(|s| plan.is_kept(*s)).collect();
+        assert!((200..300).contains(&kept.len()), "{}", kept.len());
+        assert!(kept.iter().all(|s| plan.class(*s) == Class::Cache));
+        assert_eq!(plan.session_id(SessionId(7)), "seed-1-200x5-7");
     }
 }

@@ -11,6 +11,7 @@ use serde::Serialize;
 use super::Outcome;
 use super::engine::Checked;
 use super::plan::Plan;
+use super::sessions::check::SessionCheck;
 use super::tally::TIERS;
 use crate::measure::{LatencySummary, gb_per_s, share};
 use crate::trace::Source;
@@ -46,6 +47,18 @@ pub struct DurableReport {
     pub checked: Checked,
 }
 
+/// Conversations that were kept as durable sessions.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct SessionsReport {
+    /// Acknowledged appends.
+    pub appends: u64,
+    /// Turns that were not appended because they did not go on from what was acknowledged.
+    pub turns_diverged: u64,
+    /// What restoring each of them at the end gave.
+    #[serde(flatten)]
+    pub check: SessionCheck,
+}
+
 /// The report of a replay: `kvkeep.bench.replay` version 1.
 #[derive(Clone, Debug, Serialize)]
 pub struct ReplayReport {
@@ -76,6 +89,9 @@ pub struct ReplayReport {
     acknowledged_degraded: u64,
     /// What was promised and what became of it.
     pub durable: DurableReport,
+    /// Absent where no session was kept.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sessions: Option<SessionsReport>,
     seconds: f64,
     gb_per_s: f64,
     read_gb_per_s: f64,
@@ -94,6 +110,7 @@ struct Settings {
     engines: u32,
     class: String,
     durable_share: f64,
+    session_share: f64,
     retention: String,
     policy_clock: String,
     pace: String,
@@ -126,6 +143,7 @@ impl ReplayReport {
                 engines: args.engines,
                 class: word(&args.class),
                 durable_share: args.durable_share,
+                session_share: args.session_share,
                 retention: word(&args.retention),
                 policy_clock: word(&args.policy_clock),
                 pace: word(&args.pace),
@@ -152,6 +170,11 @@ impl ReplayReport {
                 blocks_acknowledged: outcome.acknowledged,
                 checked: outcome.checked.unwrap_or_default(),
             },
+            sessions: outcome.sessions.map(|check| SessionsReport {
+                appends: outcome.appends.0,
+                turns_diverged: outcome.appends.1,
+                check,
+            }),
             seconds: outcome.took.as_secs_f64(),
             gb_per_s: gb_per_s(moved, outcome.took),
             read_gb_per_s: gb_per_s(t.bytes_read, outcome.took),
@@ -169,7 +192,9 @@ impl ReplayReport {
 
     /// Whether every byte was right and every promise was kept.
     pub fn is_right(&self) -> bool {
-        self.bytes_wrong == 0 && self.durable.checked.blocks_lost == 0
+        self.bytes_wrong == 0
+            && self.durable.checked.blocks_lost == 0
+            && self.sessions.is_none_or(|sessions| sessions.check.is_right())
     }
 
     /// Payload bytes acknowledged as stored.
@@ -211,6 +236,21 @@ impl ReplayReport {
         row("bytes wrong", format!("{}", self.bytes_wrong));
         row("blocks acknowledged durable", format!("{}", self.durable.blocks_acknowledged));
         row("blocks acknowledged durable, lost", format!("{}", self.durable.checked.blocks_lost));
+        if let Some(SessionsReport { appends, check, .. }) = &self.sessions {
+            row("sessions durable, restored whole", format!("{}, {}", check.sessions, check.whole));
+            row("  appends, positions, token ids", format!("{appends}, {}, {}", check.positions, check.tokens));
+            row("  bytes compared, wrong", format!("{}, {}", check.bytes_compared, check.bytes_wrong));
+            row("  token ids equal", format!("in {} sessions", check.token_ids_equal));
+            row(
+                "  restored",
+                format!(
+                    "{:.2} GB at {:.2} GB/s, {} of the positions from NVMe",
+                    check.restored_bytes as f64 / 1e9,
+                    check.restore_gb_per_s,
+                    check.positions_from_nvme
+                ),
+            );
+        }
         if !self.parts_lost.is_empty() {
             row("matched, then not read", format!("{:?}", self.parts_lost));
         }
@@ -261,6 +301,8 @@ mod tests {
             source: workload(shape).source,
             acknowledged: 3,
             checked: None,
+            appends: (9, 0),
+            sessions: Some(SessionCheck { sessions: 3, whole: 3, ..SessionCheck::default() }),
             cpu_seconds: 0.5,
         };
         let report = ReplayReport::new(&plan, &outcome);
@@ -284,8 +326,17 @@ mod tests {
             "/latency_us/put/p99",
             "/durable/blocks_acknowledged",
             "/durable/blocks_lost",
+            "/sessions/sessions",
+            "/sessions/whole",
+            "/sessions/bytes_compared",
+            "/sessions/bytes_wrong",
+            "/sessions/token_ids_equal",
+            "/sessions/restore_gb_per_s",
         ] {
             assert!(json.pointer(pointer).is_some_and(serde_json::Value::is_number), "{pointer}");
         }
+        let lost =
+            Outcome { sessions: Some(SessionCheck { sessions: 3, whole: 2, ..SessionCheck::default() }), ..outcome };
+        assert!(!ReplayReport::new(&plan, &lost).is_right(), "one session that is not whole is wrong");
     }
 }

@@ -73,6 +73,13 @@ impl Tally {
         }
     }
 
+    /// Takes in those of a check: part of what was verified, but its reads are no hits and its time is not the workload's.
+    pub fn add_check(&mut self, check: &Self) {
+        self.bytes_verified += check.bytes_verified;
+        self.bytes_wrong += check.bytes_wrong;
+        self.parts_wrong += check.parts_wrong;
+    }
+
     /// Takes in another engine's.
     pub fn add(&mut self, other: &Self) {
         self.requests += other.requests;

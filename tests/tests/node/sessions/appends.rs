@@ -227,3 +227,71 @@ async fn of_two_racing_appends_exactly_one_wins_each_position_and_nothing_is_los
     let tokens = ns.sessions().tokens_all("a", &Call::default()).await.unwrap();
     assert_eq!(tokens.ids, all.iter().map(|(.., id)| *id).collect::<Vec<_>>());
 }
+
+/// The look at the blocks and the append are two moments; the session is cut short and filled again between them.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_never_put_is_refused_although_the_session_changes_meanwhile() {
+    const TRIES: usize = 80;
+    let node = Node::start(Options::default());
+    let ns = namespace(&node).await;
+    let keys = filled(&ns, "a", Class::Cache, 1, 5).await;
+    let changing = async {
+        let ns = namespace(&node).await;
+        let mut changes = 0;
+        for _ in 0..TRIES {
+            ns.sessions().truncate("a", 0, false, &Call::default()).await.unwrap();
+            append(&ns, "a", 0, &keys).await.unwrap();
+            changes += 2;
+        }
+        changes
+    };
+    let trying = async {
+        let ns = namespace(&node).await;
+        for n in 0..2 * TRIES as u64 {
+            let never = payload::chain(1000 + n, 2);
+            is_refused(append(&ns, "a", 0, &never).await, ErrorKind::Conflict);
+        }
+    };
+    let (changes, ()) = tokio::join!(changing, trying);
+    assert_eq!(changes, 2 * TRIES);
+    assert_eq!(keys_of(&ns, "a").await, keys);
+}
+
+/// Blocks that were looked at for a cache session are not appended to a durable one that takes its place meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_durable_session_names_only_durable_blocks_although_it_takes_the_place_of_a_cache_session() {
+    const TRIES: usize = 60;
+    let node = Node::start(Options::default());
+    let (client, ns) = (node.client().await, namespace(&node).await);
+    let keys = payload::chain(1, 200);
+    super::super::store(&ns, &keys, 1024, Class::Cache).await;
+    let replacing = async {
+        let ns = namespace(&node).await;
+        for _ in 0..TRIES {
+            for class in [Class::Cache, Class::Durable] {
+                open(&ns, "a", class).await;
+                tokio::time::sleep(std::time::Duration::from_millis(3)).await;
+                let fsck = client.admin().fsck(false, &Call::default()).await.unwrap();
+                assert_eq!(fsck.missing_positions, 0, "{fsck:?}");
+                ns.sessions().delete("a", &Call::default()).await.unwrap();
+            }
+        }
+    };
+    let appending = async {
+        let (ns, mut done) = (namespace(&node).await, 0);
+        // Each key once: what a durable session has raised stays raised.
+        for key in &keys {
+            match append(&ns, "a", 0, std::slice::from_ref(key)).await {
+                Ok(_) => done += 1,
+                Err(e) => {
+                    use kvkeep_client::ErrorKind::Refused;
+                    let expected = matches!(e.kind(), Refused(ErrorKind::UnknownSession | ErrorKind::Conflict));
+                    assert!(expected, "{e}");
+                }
+            }
+        }
+        done
+    };
+    let ((), done) = tokio::join!(replacing, appending);
+    assert!(done > 0, "no append found a session");
+}

@@ -34,7 +34,7 @@ build: ## The release binaries: kvkeepd, kvkeepctl, kvkeep-bench
 	  printf 'kvkeep: built in %s s\n' "$$((SECONDS - started))" >&2
 
 .PHONY: run
-run: build ## One node, a multi-turn workload through it, kill -9 half-way, and the account
+run: build ## One node, a multi-turn workload with durable sessions, kill -9 half-way, and the account
 	@$(BIN)/kvkeep-bench main $(if $(TRACE),--trace "$(TRACE)") $(ARGS)
 
 .PHONY: test

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use kvkeep_client::sessions::{ManifestPosition, Restore, Restored};
 use kvkeep_client::{Call, Error};
-use kvkeep_core::Tier;
+use kvkeep_core::{RequestId, Tier};
 use serde::Serialize;
 
 use super::ledger::Promise;
@@ -18,6 +18,11 @@ use crate::trace::SessionId;
 
 /// Times that a restore is asked for which ended because DRAM had no room at the moment.
 const RESTORES_MAX: u32 = 20;
+
+/// Term of the lease over a session that is compared.
+const LEASE: Duration = Duration::from_secs(30);
+/// Sets the requests of checks apart from those of the workload, which name leases too.
+const LEASE_IDS: u64 = 1 << 63;
 
 /// What became of kept sessions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
@@ -118,7 +123,7 @@ impl Engine {
         let plan = &shared.plan;
         let id = plan.session_id(session);
         let sessions = shared.namespace.sessions();
-        let call = Call::default();
+        let call = Call::of(RequestId::new(&(LEASE_IDS | session.0).to_be_bytes()).expect("8 bytes are a request id"));
         let mut check = SessionCheck {
             sessions: 1,
             positions: promise.positions.len() as u64,
@@ -136,7 +141,8 @@ impl Engine {
         let began = Instant::now();
         let mut restored: Option<Restored> = None;
         for _ in 0..RESTORES_MAX {
-            let wish = Restore::default();
+            // Under a lease, as an engine would: what came up stays while anything else can leave.
+            let wish = Restore { lease: Some(LEASE), ..Restore::default() };
             restored =
                 self.asked(&id, "restore", async || sessions.restore(&id, &wish, &call).await?.finish().await).await?;
             // Without room in DRAM: others use it now.
@@ -161,6 +167,12 @@ impl Engine {
         check.bytes_compared = self.tally.bytes_verified - compared.0;
         check.bytes_wrong = self.tally.bytes_wrong - compared.1;
 
+        if let Some(lease) = restored.as_ref().and_then(|r| r.lease)
+            && let Err(e) = shared.namespace.release(&[lease], &[], &call).await
+        {
+            // It ends by itself.
+            self.tally.error("release", &e);
+        }
         let tokens = self.asked(&id, "tokens", || sessions.tokens_all(&id, &call)).await?;
         let equal = tokens.is_some_and(|t| !t.damaged && tokens_equal(session, promise.tokens, &t.ids));
         check.token_ids_equal = u64::from(equal);

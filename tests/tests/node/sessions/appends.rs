@@ -1,5 +1,8 @@
 //! Opening, appending, forking, truncating.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
 use kvkeep_client::Call;
 use kvkeep_client::sessions::{Append, OpenSession, Parent, SessionState};
 use kvkeep_core::{Class, ErrorKind};
@@ -257,31 +260,39 @@ async fn what_was_never_put_is_refused_although_the_session_changes_meanwhile() 
     assert_eq!(keys_of(&ns, "a").await, keys);
 }
 
-/// Blocks that were looked at for a cache session are not appended to a durable one that takes its place meanwhile.
+/// Blocks that were looked at for a cache session are not appended to a durable one that takes its place while the append
+/// writes its token ids.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_durable_session_names_only_durable_blocks_although_it_takes_the_place_of_a_cache_session() {
     const TRIES: usize = 60;
     let node = Node::start(Options::default());
     let (client, ns) = (node.client().await, namespace(&node).await);
-    let keys = payload::chain(1, 200);
-    super::super::store(&ns, &keys, 1024, Class::Cache).await;
+    let stop = AtomicBool::new(false);
     let replacing = async {
         let ns = namespace(&node).await;
         for _ in 0..TRIES {
-            for class in [Class::Cache, Class::Durable] {
-                open(&ns, "a", class).await;
-                tokio::time::sleep(std::time::Duration::from_millis(3)).await;
-                let fsck = client.admin().fsck(false, &Call::default()).await.unwrap();
-                assert_eq!(fsck.missing_positions, 0, "{fsck:?}");
-                ns.sessions().delete("a", &Call::default()).await.unwrap();
-            }
+            open(&ns, "a", Class::Cache).await;
+            tokio::time::sleep(Duration::from_millis(3)).await;
+            ns.sessions().delete("a", &Call::default()).await.unwrap();
+            open(&ns, "a", Class::Durable).await;
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            let fsck = client.admin().fsck(false, &Call::default()).await.unwrap();
+            assert_eq!(fsck.missing_positions, 0, "{fsck:?}");
+            ns.sessions().delete("a", &Call::default()).await.unwrap();
         }
+        stop.store(true, Ordering::Relaxed);
     };
-    let appending = async {
-        let (ns, mut done) = (namespace(&node).await, 0);
-        // Each key once: what a durable session has raised stays raised.
-        for key in &keys {
-            match append(&ns, "a", 0, std::slice::from_ref(key)).await {
+    let appending = async |chain: u64| {
+        let mut done = 0;
+        for n in 0.. {
+            if stop.load(Ordering::Relaxed) {
+                break;
+            }
+            // Each key once: what a durable session has raised stays raised.
+            let key = payload::key(chain, n);
+            super::super::store(&ns, std::slice::from_ref(&key), 1024, Class::Cache).await;
+            let wish = Append { keys: vec![key], token_ids: vec![n as u32], ..Append::default() };
+            match ns.sessions().append("a", &wish, &Call::default()).await {
                 Ok(_) => done += 1,
                 Err(e) => {
                     use kvkeep_client::ErrorKind::Refused;
@@ -292,6 +303,6 @@ async fn a_durable_session_names_only_durable_blocks_although_it_takes_the_place
         }
         done
     };
-    let ((), done) = tokio::join!(replacing, appending);
-    assert!(done > 0, "no append found a session");
+    let ((), one, two, three) = tokio::join!(replacing, appending(1), appending(2), appending(3));
+    assert!(one + two + three > 0, "no append found a session");
 }

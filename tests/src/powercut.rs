@@ -103,7 +103,8 @@ impl PowerCut {
         }
     }
 
-    /// SIGKILL, then takes back of what no flush covered as much as `cut` says. DRAM is gone too.
+    /// SIGKILL, then takes back of what no flush covered as much as `cut` says. DRAM is gone too. Every life of the server
+    /// since [`Self::under`] must have ended in a cut.
     ///
     /// # Panics
     /// If the log cannot be read, or something in it cannot be undone.

@@ -264,7 +264,7 @@ mod tests {
         sum += one;
         sum += one;
         assert!(sum.is_right());
-        assert!((sum.restore_gb_per_s - 6.291).abs() < 0.001);
+        assert!((sum.restore_gb_per_s - 0.006_291).abs() < 1e-5);
         sum += SessionCheck { whole: 0, ..one };
         assert!(!sum.is_right());
         assert!(sum.line().starts_with("2 of 3 "), "{}", sum.line());

@@ -101,7 +101,7 @@ struct Bench<'a> {
 pub(super) async fn measure(command: &SessionsCommand) -> anyhow::Result<AppendsReport> {
     let per_round = u64::from(command.sessions) * u64::from(command.appends);
     let raised = per_round * command.block_bytes.0 * (2 * u64::from(command.rounds) + 1);
-    let lab = Lab::start(command, "appends", "", ARENA_BYTES, ROOM_BYTES + 2 * raised).await?;
+    let lab = Lab::start(command, "appends", "", ARENA_BYTES, 0, ROOM_BYTES + 2 * raised).await?;
     let mut writers = Vec::new();
     for _ in 0..command.writers {
         writers.push(lab.open(&format_of(WRITE_BYTES), 1).await?);

@@ -48,6 +48,10 @@ pub struct SessionsCommand {
     /// Appends: clients that put 8 x 1 MiB durable at a time, where there are any beside them
     #[arg(long, default_value_t = 4)]
     writers: u32,
+    /// Restore: into memory that the kernel clears as the blocks come, as in a node that has just been started with the default of
+    /// `arena.ready_bytes`
+    #[arg(long)]
+    cold_memory: bool,
     /// Restore: positions of the session, 16 tokens each; the bar is for 2048 of 2 MiB
     #[arg(long, default_value_t = 256)]
     positions: u32,
@@ -133,12 +137,21 @@ struct Lab {
 
 impl Lab {
     /// Starts a node with these sizes. What it does by itself in the background is off: nothing comes up from NVMe unasked.
-    async fn start(command: &SessionsCommand, part: &str, nvme: &str, arena: u64, room: u64) -> anyhow::Result<Self> {
+    /// `ready`: bytes of memory that it keeps populated.
+    async fn start(
+        command: &SessionsCommand,
+        part: &str,
+        nvme: &str,
+        arena: u64,
+        ready: u64,
+        room: u64,
+    ) -> anyhow::Result<Self> {
         let named = command.data_dir.as_ref().map(|folder| folder.join(part));
         let data = DataDir::open(named.as_deref())?;
         let config = data.path().join("bench.toml");
-        let text =
-            format!("[arena]\nscrub_bytes_per_s = 0\n\n[nvme]\nwarm_bytes_per_s = 0\nscrub_bytes_per_s = 0\n{nvme}");
+        let text = format!(
+            "[arena]\nscrub_bytes_per_s = 0\nready_bytes = {ready}\n\n[nvme]\nwarm_bytes_per_s = 0\nscrub_bytes_per_s = 0\n{nvme}"
+        );
         std::fs::write(&config, text).with_context(|| format!("settings {}", config.display()))?;
         let config = config.display().to_string();
         let more = ["--config", &config, "--arena-bytes", &arena.to_string(), "--nvme-bytes", &room.to_string()];

@@ -67,10 +67,15 @@ pub struct RestoreReport {
     pairs: Vec<Pair>,
 }
 
+/// Memory that a node populates in a second, bytes, at least.
+const POPULATED_PER_S: f64 = 1e9;
+
 struct Bench<'a> {
     command: &'a SessionsCommand,
     lab: Lab,
     namespace: Namespace,
+    /// Memory that the node populates after a start, bytes.
+    ready: u64,
     compared: u64,
     wrong: u64,
 }
@@ -87,9 +92,11 @@ pub(super) async fn measure(command: &SessionsCommand) -> anyhow::Result<Restore
     let room = 2 * bytes + 8 * segment;
     let nvme = format!("segment_bytes = {segment}\n");
     // Beside the session, what the node keeps free (`arena.high_watermark_percent`).
-    let lab = Lab::start(command, "restore", &nvme, bytes / 4 * 5 + (256 << 20), room).await?;
+    let arena = bytes / 4 * 5 + (256 << 20);
+    let ready = if command.cold_memory { 0 } else { arena };
+    let lab = Lab::start(command, "restore", &nvme, arena, ready, room).await?;
     let namespace = lab.open(&format_of(each), 1).await?;
-    let mut bench = Bench { command, lab, namespace, compared: 0, wrong: 0 };
+    let mut bench = Bench { command, lab, namespace, ready, compared: 0, wrong: 0 };
     bench.fill(2 * segment).await?;
     let in_flight = (READ_BYTES_IN_FLIGHT / each).clamp(2, READS_IN_FLIGHT);
     let mut rng = StdRng::seed_from_u64(command.seed);
@@ -169,6 +176,8 @@ impl Bench<'_> {
         ensure!(manifest.len() == self.command.positions as usize, "the session has {} positions", manifest.len());
         let elsewhere = manifest.iter().filter(|p| !p.is_here() || p.tier != Some(Tier::Nvme)).count();
         ensure!(elsewhere == 0, "{elsewhere} positions are not on NVMe alone before the restore");
+        // fio has its memory before its clock starts, too.
+        tokio::time::sleep(Duration::from_secs_f64(self.ready as f64 / POPULATED_PER_S)).await;
         Ok(())
     }
 

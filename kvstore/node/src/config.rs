@@ -100,6 +100,9 @@ pub struct ArenaSection {
     pub dir: PathBuf,
     /// Ask for huge pages.
     pub huge_pages: bool,
+    /// Empty memory that is kept populated ahead of demand, two files at least: what comes into it does not wait for the kernel to
+    /// clear pages. As much as `bytes`: all of it, from the start on.
+    pub ready_bytes: ByteSize,
     /// Evict ahead of demand when less than this share of the arena is free, percent.
     pub low_watermark_percent: u8,
     /// ... until this share is free, percent.
@@ -277,6 +280,7 @@ impl Default for ArenaSection {
             bytes: ByteSize(0),
             dir: PathBuf::from("/dev/shm"),
             huge_pages: false,
+            ready_bytes: ByteSize(0),
             low_watermark_percent: 8,
             high_watermark_percent: 12,
             dirty_bytes_max: ByteSize(0),
@@ -437,6 +441,11 @@ impl Config {
             return Err(bad("arena watermarks are 0 < low_watermark_percent < high_watermark_percent <= 75")
                 .with("arena.low_watermark_percent", low)
                 .with("arena.high_watermark_percent", high));
+        }
+        if self.arena.ready_bytes.0 > self.arena.bytes.0 {
+            return Err(
+                bad("arena.ready_bytes is at most arena.bytes").with("arena.ready_bytes", self.arena.ready_bytes)
+            );
         }
         if self.arena.dirty_bytes_max.0 > self.arena.bytes.0 {
             return Err(bad("arena.dirty_bytes_max is at most arena.bytes")

@@ -305,6 +305,7 @@ fn open_arena(
         reserves: Reserves { l3_reads: config.arena.l3_read_reserve_bytes.0, ..Reserves::default() },
         huge_pages: config.arena.huge_pages,
         slot_bytes_max: config.limits.block_bytes_max.0,
+        ready_bytes: config.arena.ready_bytes.0,
     };
     let info = RequestInfo::default();
     let arena = Arena::open(arena_config, &mut |meta: &BlockMeta, slot: SlotRef| {

@@ -226,8 +226,11 @@ impl Store {
             // While there is room, what should go first and cannot yet is waited for: in its place others would go that are
             // worth more. So is what is being written: it may be what should go first, and is no victim yet.
             let room = usage.free_bytes >= low / 2;
-            let (hurry, free) =
-                if room { (Hurry::No, usage.free_bytes + usage.reserved_bytes) } else { (Hurry::Yes, usage.free_bytes) };
+            let (hurry, free) = if room {
+                (Hurry::No, usage.free_bytes + usage.reserved_bytes)
+            } else {
+                (Hurry::Yes, usage.free_bytes)
+            };
             if free >= low {
                 continue;
             }

@@ -15,7 +15,7 @@ use kvkeep_core::{Error, ErrorKind, Result};
 use super::arena::Shared;
 use super::file::ArenaFile;
 use super::memory::{Mapping, UNIT_BYTES, effective_uid};
-use super::state::{GROW_RETRY, Place, SPARE_FILES, State};
+use super::state::{GROW_RETRY, Place, State};
 use crate::io::buf::Region;
 
 /// Name of the lock in the folder.
@@ -169,7 +169,7 @@ fn next_job(state: &mut State, shared: &Shared) -> Option<Job> {
             other => *place = other,
         }
     }
-    if state.spares.len() >= SPARE_FILES {
+    if !state.wants_spare(&shared.config) {
         return None;
     }
     let (index, bytes) = state.next_file(&shared.config, Instant::now())?;

@@ -110,12 +110,21 @@ pub struct ArenaConfig {
     pub huge_pages: bool,
     /// Largest payload, bytes.
     pub slot_bytes_max: u64,
+    /// Empty memory that is kept populated ahead of demand, bytes: two files, if that is more.
+    pub ready_bytes: u64,
 }
 
 impl ArenaConfig {
     /// An arena without reserves or huge pages, for blocks up to `slot_bytes_max`.
     pub fn new(dir: impl Into<PathBuf>, capacity_bytes: u64, slot_bytes_max: u64) -> Self {
-        Self { dir: dir.into(), capacity_bytes, reserves: Reserves::default(), huge_pages: false, slot_bytes_max }
+        Self {
+            dir: dir.into(),
+            capacity_bytes,
+            reserves: Reserves::default(),
+            huge_pages: false,
+            slot_bytes_max,
+            ready_bytes: 0,
+        }
     }
 
     /// Bytes of a new file: the largest of 64 MiB, 1/64 of the arena and one slot, at most 1 GiB; of a small arena at most

@@ -178,11 +178,17 @@ impl State {
         (absent < FILES_MAX).then(|| (u16::try_from(absent).unwrap_or(u16::MAX), bytes))
     }
 
+    /// Whether another file should stand ready.
+    pub(super) fn wants_spare(&self, config: &ArenaConfig) -> bool {
+        let spares = self.spares.len();
+        spares < SPARE_FILES || (spares as u64).saturating_mul(config.file_bytes()) < config.ready_bytes
+    }
+
     /// Whether more memory is on its way to spares.
     pub(super) fn is_growing(&self, config: &ArenaConfig, now: Instant) -> bool {
         !self.doomed.is_empty()
             || self.files.iter().any(|p| matches!(p, Place::Building))
-            || (self.spares.len() < SPARE_FILES && self.next_file(config, now).is_some())
+            || (self.wants_spare(config) && self.next_file(config, now).is_some())
     }
 
     /// Free bytes, allocated or not.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use kvkeep_client::sessions::{Append, Restore};
+use kvkeep_client::sessions::{Append, Restore, SessionHint};
 use kvkeep_client::{Call, Namespace, Put, PutPosition};
 use kvkeep_core::{Class, ErrorKind, MissReason, Tier};
 use kvkeep_tests::powercut::{Cut, PowerCut};
@@ -72,6 +72,28 @@ async fn pressure(ns: &Namespace, chain: u64) {
 async fn in_dram(ns: &Namespace, id: &str) -> usize {
     let manifest = ns.sessions().manifest_all(id, &Call::default()).await.unwrap();
     manifest.iter().filter(|p| p.tier == Some(Tier::Dram)).count()
+}
+
+/// A session that is said to be due comes up by itself; one of which nothing is said stays where it is.
+#[tokio::test]
+async fn a_session_that_is_due_is_brought_up_before_it_comes() {
+    let options = Options { arena_bytes: 64 << 20, nvme_bytes: 512 << 20, ..Options::default() };
+    let node = Node::start(options);
+    let client = node.client().await;
+    let ns = super::super::namespace(&client, &formats::any_size(1 << 20)).await;
+    let call = Call::default();
+    filled(&ns, "due", Class::Durable, 1, 12).await;
+    filled(&ns, "silent", Class::Durable, 2, 12).await;
+    pressure(&ns, 100).await;
+    assert_eq!((in_dram(&ns, "due").await, in_dram(&ns, "silent").await), (0, 0), "there was no pressure");
+    let hints = [SessionHint::DueIn(Duration::from_secs(3))];
+    assert_eq!(ns.sessions().hint("due", &hints, &call).await.unwrap(), 12);
+    let until = std::time::Instant::now() + Duration::from_secs(30);
+    while in_dram(&ns, "due").await < 12 {
+        assert!(std::time::Instant::now() < until, "it was not brought up: {}", node.log());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert_eq!(in_dram(&ns, "silent").await, 0);
 }
 
 #[tokio::test]

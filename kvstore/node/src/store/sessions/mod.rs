@@ -5,13 +5,14 @@
 //! restore: manifest -> match (and lease) -> what is on NVMe read up, many at a time -> what is missing, and from which token
 //! sweep:   marks of all manifests; a durable block that only sessions keep and that two sweeps found in none is removed
 //! ```
-//! Here: the state and who may see it. Then [`machine`] (the state machine) -> [`append`] -> [`texts`] (token ids) ->
-//! [`manifest`] (what is where) -> [`restore`] -> [`pins`] -> [`sweep`] (and fsck).
+//! Here: the state and who may see it. Then `machine` (the state machine) -> `append` -> `texts` (token ids) ->
+//! [`manifest`] (what is where) -> [`restore`] -> `pins` -> `due` -> `sweep` (and fsck).
 //!
 //! Block put and get never come here. With one voter what is applied here is all that was ever acknowledged, so reads look
 //! at the state.
 
 mod append;
+mod due;
 mod machine;
 pub mod manifest;
 mod pins;
@@ -47,6 +48,7 @@ pub(super) struct SessionStore {
     /// Digests that appends under way have looked at: a sweep lets them be.
     holding: append::Holding,
     pins: pins::Pins,
+    due: due::Due,
     sweep: sweep::Sweeper,
 }
 
@@ -62,6 +64,7 @@ impl SessionStore {
             shared,
             holding: append::Holding::default(),
             pins: pins::Pins::default(),
+            due: due::Due::default(),
             sweep: sweep::Sweeper::default(),
         })
     }
@@ -282,6 +285,12 @@ impl Store {
             }
             tokio::task::yield_now().await;
         }
+        // Brought up before it comes; one that ends is not expected.
+        let due = match hint {
+            Hint::DueIn(ms) => Some(std::time::Duration::from_millis(u64::from(ms))),
+            Hint::Ends => None,
+        };
+        self.expect_session(name, due);
         if hint == Hint::Ends {
             self.sessions.change(&Command::Set { name: name.clone(), change: Change::Finished(true) }).await?;
         }

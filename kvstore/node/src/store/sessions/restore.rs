@@ -1,7 +1,7 @@
 //! Restore: brings a session up to DRAM before a deadline, and says what of it is usable.
 //!
 //! Floor of a session on NVMe: one read of header and payload per block, DMA into its slot, one pass for the sums. Blocks are
-//! read [`READS_MAX`] at a time, so that device and processors both have work.
+//! read `READS_MAX` at a time, so that device and processors both have work.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -77,7 +77,7 @@ pub struct Restored {
     pub usable_positions: u64,
     /// The engine computes from here on.
     pub compute_from_token: u64,
-    /// At most [`RUNS_MAX`].
+    /// At most 1,024 runs.
     pub missing: Vec<MissingRun>,
     /// The session is of the namespace's weights.
     pub revision_matches: bool,

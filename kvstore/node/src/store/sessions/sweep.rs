@@ -25,7 +25,7 @@ use super::super::Store;
 const SWEEP_ENTRIES: u32 = 1024;
 /// Sessions whose time has come, taken away by one command.
 const EXPIRE_MOST: u32 = 256;
-/// So often those are looked for.
+/// So often those are looked for, and those that are due.
 const EXPIRE_EVERY: Duration = Duration::from_secs(1);
 /// A block that so many sweeps in a row found unnamed is removed.
 const TIMES: u32 = 2;
@@ -59,6 +59,7 @@ impl Store {
                 () = self.stopping.cancelled() => return,
                 () = tokio::time::sleep(EXPIRE_EVERY) => {}
             }
+            self.bring_up_due();
             if let Err(error) = self.expire_sessions().await {
                 tracing::warn!(%error, "sessions whose time has come are not taken away");
             }

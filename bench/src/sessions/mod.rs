@@ -1,4 +1,4 @@
-//! `sessions`: what long-term memory costs. [`appends`] (how many a second, alone and beside durable puts) and [`restore`] (a
+//! `sessions`: what long-term memory costs. `appends` (how many a second, alone and beside durable puts) and `restore` (a
 //! session from NVMe into DRAM, beside fio on the same files). Each part has a node of its own.
 
 mod appends;

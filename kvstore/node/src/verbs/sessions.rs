@@ -209,10 +209,12 @@ impl Verbs {
         for hint in wish.hints {
             use v1::hint::What;
             let ms = |d: Duration| u32::try_from(d.as_millis()).unwrap_or(u32::MAX);
-            let future = match hint.what {
-                Some(What::Finished(true)) => Hint::Ends,
-                Some(What::Paused(true)) => Hint::DueIn(ms(PAUSED)),
-                Some(What::DueMs(due)) => Hint::DueIn(u32::try_from(due).unwrap_or(u32::MAX)),
+            let (future, expected) = match hint.what {
+                Some(What::Finished(true)) => (Hint::Ends, None),
+                Some(What::Paused(true)) => (Hint::DueIn(ms(PAUSED)), None),
+                Some(What::DueMs(due)) => {
+                    (Hint::DueIn(u32::try_from(due).unwrap_or(u32::MAX)), Some(Duration::from_millis(due)))
+                }
                 Some(What::Finished(false)) => {
                     self.store.set_session(call.caller, &name, Change::Finished(false)).await?;
                     continue;
@@ -223,7 +225,7 @@ impl Verbs {
                 }
                 Some(What::Paused(false)) | None => continue,
             };
-            positions = self.store.hint_session(call.caller, &name, future, &call.context.info).await?;
+            positions = self.store.hint_session(call.caller, &name, future, expected, &call.context.info).await?;
         }
         Ok(v1::HintSessionReply { positions })
     }

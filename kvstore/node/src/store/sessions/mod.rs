@@ -258,7 +258,8 @@ impl Store {
         Ok(deleted)
     }
 
-    /// Tells the policy what is known of a session's future; how many of its positions are here to be told of.
+    /// Tells the policy what is known of a session's future; how many of its positions are here to be told of. One that is
+    /// `expected` in so long is brought up before it comes.
     ///
     /// # Errors
     /// `UnknownSession`.
@@ -267,6 +268,7 @@ impl Store {
         caller: Caller,
         name: &SessionName,
         hint: Hint,
+        expected: Option<std::time::Duration>,
         info: &RequestInfo,
     ) -> Result<u64> {
         let (_, session) = self.session(caller, name)?;
@@ -285,12 +287,7 @@ impl Store {
             }
             tokio::task::yield_now().await;
         }
-        // Brought up before it comes; one that ends is not expected.
-        let due = match hint {
-            Hint::DueIn(ms) => Some(std::time::Duration::from_millis(u64::from(ms))),
-            Hint::Ends => None,
-        };
-        self.expect_session(name, due);
+        self.expect_session(name, expected);
         if hint == Hint::Ends {
             self.sessions.change(&Command::Set { name: name.clone(), change: Change::Finished(true) }).await?;
         }

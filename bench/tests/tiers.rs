@@ -85,7 +85,7 @@ async fn a_node_serves_what_the_simulation_says() {
     let trace = small_trace(folder.path(), 250);
     let kvkeepd = kvkeepd.display().to_string();
     let data = folder.path().join("data").display().to_string();
-    let flags = ["--dram-pct", "12", "--nvme-pct", "50", "--block-bytes", "1MiB", "--kvkeepd", &kvkeepd];
+    let flags = ["--dram-pct", "12", "--nvme-pct", "100", "--block-bytes", "1MiB", "--kvkeepd", &kvkeepd];
     let report = run(&trace, &[&flags[..], &["--data-dir", &data]].concat()).await;
     for row in &report.rows {
         let (live, run) = (row.live.expect("a node ran"), row.run.as_ref().expect("a node ran"));

@@ -36,6 +36,10 @@ fn child() {
     let Ok(dir) = std::env::var(DIR) else { return };
     let (_host, groups) = open(Path::new(&dir));
     let mut out = std::io::stdout();
+    // What was committed and not applied before the kill is applied behind the open.
+    for (group, _) in &groups {
+        group.read_barrier().unwrap().queued().unwrap().wait().unwrap();
+    }
     let mut next: Vec<u64> = groups.iter().map(|(_, view)| view.lock().last().map_or(0, |i| i.id + 1)).collect();
     loop {
         let asked: Vec<_> = (0..60u64)

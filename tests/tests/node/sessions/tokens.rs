@@ -37,6 +37,8 @@ async fn token_ids_and_content_come_back_exactly_over_appends_and_restarts() {
             assert!(ns.sessions().append("a", &wish, &call).await.unwrap().repeated);
         }
     }
+    // An append that is repeated finds its block, and leaves no lease over it behind.
+    assert_eq!(ns.client().stats(&call).await.unwrap().leases, 0);
     for _ in 0..2 {
         let ns = namespace(&node).await;
         let all = ns.sessions().tokens_all("a", &call).await.unwrap();

@@ -118,8 +118,12 @@ impl Store {
             request: RequestId::default(),
         };
         loop {
-            let answers = self.reserve(caller, wish.clone(), until).await?.answers;
-            let id = match answers.into_iter().next() {
+            let reserves = self.reserve(caller, wish.clone(), until).await?;
+            if let Some(lease) = reserves.lease {
+                // Of what is here already, which the append holds.
+                self.release(caller, &[lease], &[]);
+            }
+            let id = match reserves.answers.into_iter().next() {
                 Some(PartAnswer::Present { .. }) => return Ok(()),
                 Some(PartAnswer::Slot(id)) => {
                     self.fill(caller, id, |slot, sums| {

@@ -190,6 +190,7 @@ pub fn any_size_format(largest: u64) -> Format {
             size: SizeRule::UpTo(largest.max(kvkeep_core::format::BLOCK_BYTES_MIN)),
         }],
         prefill_us_per_token: 0,
+        prefill_doubles_at_tokens: 0,
     }
 }
 

@@ -41,6 +41,7 @@ pub fn of(groups: Vec<Group>) -> Format {
         topology: Topology { canonical: true, tp: 1, pp: 1, cp: 1 },
         groups,
         prefill_us_per_token: 0,
+        prefill_doubles_at_tokens: 0,
     }
 }
 

@@ -150,6 +150,7 @@ pub(crate) fn format(tokens_per_block: u32) -> Format {
             size: SizeRule::Exact(u64::from(BLOCK_BYTES)),
         }],
         prefill_us_per_token: 0,
+        prefill_doubles_at_tokens: 0,
     }
 }
 

@@ -264,6 +264,7 @@ impl ReplayArgs {
             topology: Topology { canonical: false, tp: self.shards, pp: 1, cp: 1 },
             groups: (0..self.groups).map(group).collect(),
             prefill_us_per_token: 0,
+            prefill_doubles_at_tokens: 0,
         };
         format.validate().map_err(|e| anyhow::anyhow!("{e}"))?;
         let namespace = self.namespace.clone().unwrap_or_else(|| {

@@ -59,6 +59,7 @@ fn format() -> Format {
             size: SizeRule::Exact(BLOCK_BYTES as u64),
         }],
         prefill_us_per_token: 0,
+        prefill_doubles_at_tokens: 0,
     }
 }
 

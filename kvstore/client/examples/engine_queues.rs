@@ -24,6 +24,7 @@ fn main() -> Result<()> {
         topology: Topology { canonical: false, tp: 1, pp: 1, cp: 1 },
         groups: vec![group],
         prefill_us_per_token: 0,
+        prefill_doubles_at_tokens: 0,
     };
     let config = EngineConfig::new("example-queues", format, "digest of the weights");
     let engine = Engine::open(EngineConfig { client: ClientConfig::from_env(), ..config })?;

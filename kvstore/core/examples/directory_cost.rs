@@ -222,6 +222,7 @@ fn format() -> Format {
             size: SizeRule::Exact(65_536),
         }],
         prefill_us_per_token: 0,
+        prefill_doubles_at_tokens: 0,
     }
 }
 

@@ -427,6 +427,7 @@ mod tests {
                 size: SizeRule::Exact(4096),
             }],
             prefill_us_per_token: 0,
+            prefill_doubles_at_tokens: 0,
         }
     }
 

@@ -141,6 +141,34 @@ pub struct Format {
     /// Declared cost of computing one token, in microseconds; 0: not said. Not part of the fingerprint.
     #[serde(default)]
     pub prefill_us_per_token: u32,
+    /// Tokens of context at which one more token costs twice as much to compute as the first one does; 0: not said, the same
+    /// everywhere. (Attention: about `2 x parameters / (4 x layers x width)`, 30,000 for a model of 8 billion.) Not part of the
+    /// fingerprint.
+    #[serde(default)]
+    pub prefill_doubles_at_tokens: u32,
+}
+
+impl Format {
+    /// Declared time to compute the first `tokens` of a prompt, microseconds; 0: not declared.
+    #[must_use]
+    pub fn prefill_us(&self, tokens: u64) -> u64 {
+        let linear = tokens.saturating_mul(u64::from(self.prefill_us_per_token));
+        match u64::from(self.prefill_doubles_at_tokens) {
+            0 => linear,
+            doubles => {
+                // The sum of 1 + i / doubles over i below tokens.
+                let growth = u128::from(linear) * u128::from(tokens.saturating_sub(1)) / (2 * u128::from(doubles));
+                linear.saturating_add(u64::try_from(growth).unwrap_or(u64::MAX))
+            }
+        }
+    }
+
+    /// Bytes that one token takes in all groups and shards, blocks counted as large as they may be.
+    #[must_use]
+    pub fn bytes_per_token(&self) -> f64 {
+        let of = |g: &Group| g.size.max() as f64 * f64::from(g.shards) / f64::from(g.tokens_per_block);
+        self.groups.iter().map(of).sum()
+    }
 }
 
 /// 128-bit digest of everything in a format but its declared cost.
@@ -360,6 +388,7 @@ mod tests {
                 },
             ],
             prefill_us_per_token: 0,
+            prefill_doubles_at_tokens: 0,
         }
     }
 
@@ -392,8 +421,23 @@ mod tests {
             assert_ne!(base.fingerprint(), other.fingerprint(), "{field}");
         }
         let mut cost = base.clone();
-        cost.prefill_us_per_token = 7;
+        (cost.prefill_us_per_token, cost.prefill_doubles_at_tokens) = (7, 1000);
         assert_eq!(base.fingerprint(), cost.fingerprint());
+    }
+
+    /// Against the sum, token by token.
+    #[test]
+    fn the_declared_cost_of_a_prompt_grows_with_its_context() {
+        let mut f = format();
+        assert_eq!(f.prefill_us(1000), 0);
+        f.prefill_us_per_token = 60;
+        assert_eq!(f.prefill_us(1000), 60_000);
+        f.prefill_doubles_at_tokens = 500;
+        let sum: f64 = (0..1000).map(|i| 60.0 * (1.0 + f64::from(i) / 500.0)).sum();
+        assert_eq!(f.prefill_us(1000), sum as u64);
+        assert_eq!(f.prefill_us(u64::MAX), u64::MAX);
+        // 2 x 4,096 bytes for 16 tokens, 8,192 for 64.
+        assert_eq!(f.bytes_per_token(), 640.0);
     }
 
     /// A group with blocks of four keys has its part at every fourth position.

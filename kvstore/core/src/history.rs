@@ -1,7 +1,7 @@
 //! Why a position is, or is not, here: the last things that happened, in a ring of fixed size.
 //!
 //! ```text
-//! entry (32 bytes): digest 16 | wall ms 8 | distance back to the same digest 4 | what | tier | why | 1 unused
+//! entry (40 bytes): digest 16 | wall ms 8 | distance back to the same digest 4 | index value 4 | what | tier | why | 5 unused
 //! ```
 //! Entries of one digest are chained backwards by distance, so a look-up costs as many steps as it returns.
 
@@ -19,15 +19,17 @@ struct Slot {
     unix_ms: u64,
     /// How many entries ago this digest was last recorded; 0: not before, as far as is known.
     back: u32,
+    /// NaN: none.
+    index_value: f32,
     what: Happening,
     tier: Option<Tier>,
     why: Option<MissReason>,
 }
 
-const _: () = assert!(size_of::<Slot>() == 32, "an entry of the history has 32 bytes");
+const _: () = assert!(size_of::<Slot>() == 40, "an entry of the history has 40 bytes");
 
 /// One thing that happened to a position.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct HistoryEntry {
     /// The caller's wall clock, milliseconds since 1970; for people only.
     pub unix_ms: u64,
@@ -37,6 +39,21 @@ pub struct HistoryEntry {
     pub tier: Option<Tier>,
     /// Why, where there is a reason.
     pub why: Option<MissReason>,
+    /// What the policy found it worth then, where the policy let it go ([`Directory::index_value`](crate::Directory::index_value)).
+    pub index_value: Option<f32>,
+}
+
+/// Something that happens to a position, as it is recorded.
+#[derive(Clone, Copy, Debug)]
+pub struct Record {
+    /// What happens.
+    pub what: Happening,
+    /// In which tier, where that matters.
+    pub tier: Option<Tier>,
+    /// Why, where there is a reason.
+    pub why: Option<MissReason>,
+    /// What the policy finds it worth, where the policy lets it go.
+    pub index_value: Option<f32>,
 }
 
 /// A bounded ring of [`HistoryEntry`], searchable by digest.
@@ -57,21 +74,15 @@ impl History {
     }
 
     /// Adds an entry; the oldest one makes room.
-    pub fn record(
-        &mut self,
-        digest: Digest,
-        what: Happening,
-        tier: Option<Tier>,
-        why: Option<MissReason>,
-        unix_ms: u64,
-    ) {
+    pub fn record(&mut self, digest: Digest, record: Record, unix_ms: u64) {
         let at = (self.next % self.capacity as u64) as u32;
         let before = self.newest_of(&digest).map(|slot| self.number_of(slot));
         if self.ring.len() == self.capacity {
             self.forget(at);
         }
         let back = before.map_or(0, |n| (self.next - n) as u32);
-        let slot = Slot { digest, unix_ms, back, what, tier, why };
+        let Record { what, tier, why, index_value } = record;
+        let slot = Slot { digest, unix_ms, back, index_value: index_value.unwrap_or(f32::NAN), what, tier, why };
         if self.ring.len() < self.capacity {
             self.ring.push(slot);
         } else {
@@ -96,7 +107,8 @@ impl History {
             && out.len() < most
         {
             let s = &self.ring[(n % self.capacity as u64) as usize];
-            out.push(HistoryEntry { unix_ms: s.unix_ms, what: s.what, tier: s.tier, why: s.why });
+            let index_value = Some(s.index_value).filter(|value| !value.is_nan());
+            out.push(HistoryEntry { unix_ms: s.unix_ms, what: s.what, tier: s.tier, why: s.why, index_value });
             // A chain ends where it leads to what was overwritten.
             number = n.checked_sub(u64::from(s.back)).filter(|older| *older < n && *older >= self.oldest());
         }
@@ -155,12 +167,19 @@ mod tests {
         Digest::from_slice(&[n; 16]).unwrap()
     }
 
+    fn stored() -> Record {
+        Record { what: Happening::Stored, tier: Some(Tier::Dram), why: None, index_value: None }
+    }
+
     #[test]
     fn the_newest_reason_explains_an_absence() {
         let mut h = History::new(8);
-        h.record(digest(1), Happening::Stored, Some(Tier::Dram), None, 10);
+        h.record(digest(1), stored(), 10);
         assert_eq!(h.why_absent(&digest(1)), None);
-        h.record(digest(1), Happening::Evicted, Some(Tier::Nvme), Some(MissReason::Evicted), 20);
+        let why = Some(MissReason::Evicted);
+        let evicted = Record { what: Happening::Evicted, tier: Some(Tier::Nvme), why, index_value: Some(0.25) };
+        h.record(digest(1), evicted, 20);
+        assert_eq!(h.of(&digest(1), 9).iter().map(|e| e.index_value).collect::<Vec<_>>(), [None, Some(0.25)]);
         assert_eq!(h.why_absent(&digest(1)), Some(MissReason::Evicted));
         assert_eq!(h.of(&digest(1), 9).iter().map(|e| e.unix_ms).collect::<Vec<_>>(), [10, 20]);
         assert_eq!(h.of(&digest(1), 1)[0].what, Happening::Evicted);
@@ -174,7 +193,7 @@ mod tests {
             let mut h = History::new(capacity);
             let mut model = VecDeque::new();
             for (i, d) in records.into_iter().enumerate() {
-                h.record(digest(d), Happening::Stored, None, None, i as u64);
+                h.record(digest(d), stored(), i as u64);
                 model.push_back((d, i as u64));
                 if model.len() > capacity {
                     model.pop_front();

@@ -157,6 +157,30 @@ words!(
 );
 
 words!(
+    /// How much a position counts beside others that are used as often.
+    Priority {
+        /// A quarter.
+        Low = 1 => "low",
+        /// As it is.
+        Normal = 2 => "normal",
+        /// Four times.
+        High = 3 => "high",
+    }
+);
+
+impl Priority {
+    /// Of a number as clients give it: below 0 low, above 0 high.
+    #[must_use]
+    pub const fn of_number(number: i32) -> Self {
+        match number {
+            ..0 => Self::Low,
+            0 => Self::Normal,
+            1.. => Self::High,
+        }
+    }
+}
+
+words!(
     /// What decides which position goes next.
     PolicyKind {
         /// Learned online from the use of positions like it; leaves first.
@@ -235,6 +259,8 @@ pub struct RequestInfo {
     pub client: u64,
     /// What is said of the session's future.
     pub hint: Option<Hint>,
+    /// How much its positions count from now on; `None`: as before.
+    pub priority: Option<Priority>,
 }
 
 impl RequestInfo {
@@ -246,6 +272,7 @@ impl RequestInfo {
         session: 0,
         client: 0,
         hint: None,
+        priority: None,
     };
 }
 

@@ -54,6 +54,7 @@ fn namespace() -> Namespace {
             size: SizeRule::Exact(u64::from(LEN)),
         }],
         prefill_us_per_token: 0,
+        prefill_doubles_at_tokens: 0,
     };
     Namespace {
         id: NamespaceId(1),

@@ -62,6 +62,7 @@ fn format() -> Format {
             size: SizeRule::UpTo(LARGE_BYTES as u64),
         }],
         prefill_us_per_token: 0,
+        prefill_doubles_at_tokens: 0,
     }
 }
 

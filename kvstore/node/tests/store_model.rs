@@ -67,6 +67,7 @@ fn format() -> Format {
             size: SizeRule::UpTo(u64::from(BLOCK)),
         }],
         prefill_us_per_token: 0,
+        prefill_doubles_at_tokens: 0,
     }
 }
 

@@ -30,6 +30,7 @@ fn format() -> Format {
         topology: Topology { canonical: false, tp: 2, pp: 1, cp: 1 },
         groups: vec![group(Rule::All, 16, 2), group(Rule::Window { tokens: 64 }, 32, 1)],
         prefill_us_per_token: 0,
+        prefill_doubles_at_tokens: 0,
     }
 }
 

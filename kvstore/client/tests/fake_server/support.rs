@@ -177,6 +177,7 @@ pub fn format() -> Format {
             size: SizeRule::UpTo(8 << 20),
         }],
         prefill_us_per_token: 0,
+        prefill_doubles_at_tokens: 0,
     }
 }
 

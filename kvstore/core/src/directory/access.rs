@@ -5,8 +5,9 @@ use std::collections::HashSet;
 use crate::block::{NvmePlace, SlotRef};
 use crate::ids::{Digest, GroupId, Handle, Instant, ShardId, Version};
 use crate::policy::sage::fit::{Fit, Fitted};
+use crate::policy::weight::Weight;
 use crate::policy::{Access, Leased};
-use crate::words::{Class, RequestInfo, Tier};
+use crate::words::{Class, Priority, RequestInfo, Tier};
 
 use super::Directory;
 use super::entry::{Entry, EntryId, Level, Part};
@@ -72,14 +73,22 @@ impl Directory {
     pub(super) fn tell_access(&mut self, id: EntryId, info: &RequestInfo, last: Option<Instant>, now: Instant) {
         let e = &self.slab[id];
         let tail = self.homes.get(e.home).shape.ends_within(info.input_tokens, e.position);
-        self.policy.access(&mut self.slab, id, &Access { info, now, last, tail });
+        let weight = info.priority.map(|priority| self.weight_of(id, priority));
+        self.policy.access(&mut self.slab, id, &Access { info, now, last, tail, weight });
     }
 
-    /// What a client says of a session's future ([`RequestInfo::hint`], with its session and client), between accesses of
+    /// The weight of an entry by its cost and a priority.
+    pub(super) fn weight_of(&self, id: EntryId, priority: Priority) -> Weight {
+        let e = &self.slab[id];
+        Weight::new(self.homes.get(e.home).shape.cost(e.position), priority)
+    }
+
+    /// What a client says of a session ([`RequestInfo::hint`] and priority, with its session and client), between accesses of
     /// its positions. Nothing counts as accessed. `false`: the position is not here.
     pub fn hint(&mut self, digest: &Digest, info: &RequestInfo, now: Instant) -> bool {
         let Some(id) = self.slab.find(digest).filter(|id| !self.slab[*id].parts.is_empty()) else { return false };
-        self.policy.hint(&mut self.slab, id, info, now);
+        let weight = info.priority.map(|priority| self.weight_of(id, priority));
+        self.policy.hint(&mut self.slab, id, info, weight, now);
         true
     }
 
@@ -131,12 +140,30 @@ impl Directory {
         self.next_victim(tier, now, Leased::WaitFor)
     }
 
+    /// A position that may leave DRAM before anybody wants its room: its session has ended, as a client says that was never
+    /// wrong, and NVMe has it. It stays until the caller drops its copies; leases and pins keep it.
+    pub fn finished_victim(&self) -> Option<Victim> {
+        let id = self.policy.finished(&self.slab, Level::Dram, &|id| self.slab[id].saved())?;
+        Some(self.as_victim(id, Level::Dram, false))
+    }
+
+    /// What keeping a position is worth by the policy, times its weight: the victim has the smallest. Hits per second of one
+    /// position's room; `None`: it is not here, or the policy has no such measure.
+    pub fn index_value(&self, digest: &Digest, now: Instant) -> Option<f32> {
+        let id = self.slab.find(digest).filter(|id| !self.slab[*id].parts.is_empty())?;
+        self.policy.value(&self.slab, id, now)
+    }
+
     fn next_victim(&mut self, tier: Tier, now: Instant, leased: Leased) -> Option<Victim> {
         let level = Level::of(tier)?;
         let (id, spare) = match self.spare_victim(level) {
             Some(id) => (id, true),
             None => (self.policy.victim(&mut self.slab, level, now, leased)?, false),
         };
+        Some(self.as_victim(id, level, spare))
+    }
+
+    fn as_victim(&self, id: EntryId, level: Level, spare: bool) -> Victim {
         let e = &self.slab[id];
         let home = self.homes.get(e.home);
         let goes = |p: &&Part| p.on(level) && !(spare && home.shape.groups[usize::from(p.group().0)].need == Need::All);
@@ -149,14 +176,14 @@ impl Directory {
             slot: p.slot,
             place: p.place,
         };
-        Some(Victim {
+        Victim {
             digest: e.digest,
             handle: home.handle,
             class: e.class(),
             leased: e.leases > 0,
             spare,
             parts: e.parts.as_slice().iter().filter(goes).map(part).collect(),
-        })
+        }
     }
 
     /// Not this victim now (it is pinned, or on its way to NVMe): others first.

@@ -9,6 +9,7 @@
 
 use crate::block::{NvmePlace, SlotRef};
 use crate::ids::{Digest, GroupId, Instant, ShardId, Version};
+use crate::policy::weight::Weight;
 use crate::words::{Class, Fidelity, Keeper, MissReason, Tier};
 
 use super::home::HomeId;
@@ -296,6 +297,10 @@ impl Entry {
     pub(crate) const SHARED: u16 = 512;
     /// A session wants it kept in DRAM, on NVMe.
     pub(crate) const PINNED: [u16; 2] = [1024, 2048];
+    /// A prompt ended in the middle of a position after it.
+    pub(crate) const TAILED: u16 = 4096;
+    /// Three bits: its [`Weight`], zero being that of most.
+    const WEIGHT_SHIFT: u32 = 13;
 
     pub(crate) fn new(digest: Digest, home: HomeId, position: u32, now: Instant) -> Self {
         Self {
@@ -329,6 +334,16 @@ impl Entry {
         } else {
             self.flags &= !flag;
         }
+    }
+
+    /// What the policy multiplies its value with.
+    pub(crate) fn weight(&self) -> Weight {
+        Weight::from_bits((self.flags >> Self::WEIGHT_SHIFT) as u8)
+    }
+
+    pub(crate) fn set_weight(&mut self, weight: Weight) {
+        let others = self.flags & !(u16::MAX << Self::WEIGHT_SHIFT);
+        self.flags = others | u16::from(weight.bits()) << Self::WEIGHT_SHIFT;
     }
 
     /// Whether it counts as resident on this level.

@@ -1,6 +1,7 @@
 //! What positions of one handle share: the handle itself, the shape of its format, and what it uses.
 
 use std::collections::HashMap;
+use std::num::NonZeroU32;
 
 use crate::format::{Format, Rule};
 use crate::ids::Handle;
@@ -48,6 +49,10 @@ pub(crate) struct Shape {
     /// Positions of the longest window; 0: no window group.
     pub window_positions: u32,
     tokens_per_key: u32,
+    /// Declared time to compute what stands at the start of a chain, nanoseconds a byte.
+    cost_ns_per_byte: Option<f64>,
+    /// Tokens of context that double it.
+    cost_doubles_at: Option<NonZeroU32>,
 }
 
 impl Shape {
@@ -76,7 +81,23 @@ impl Shape {
             .max()
             .unwrap_or(0);
         let plain = groups.iter().all(|g| g.need == Need::All);
-        Self { groups, unit, plain, window_positions, tokens_per_key: format.tokens_per_key }
+        let declared = f64::from(format.prefill_us_per_token) * 1000.0;
+        Self {
+            groups,
+            unit,
+            plain,
+            window_positions,
+            tokens_per_key: format.tokens_per_key,
+            cost_ns_per_byte: (declared > 0.0).then(|| declared / format.bytes_per_token()),
+            cost_doubles_at: NonZeroU32::new(format.prefill_doubles_at_tokens),
+        }
+    }
+
+    /// Declared time to compute position `index`, nanoseconds for each of its bytes; `None`: not declared.
+    pub(crate) fn cost(&self, index: u32) -> Option<f64> {
+        let context = f64::from(index) * f64::from(self.tokens_per_key);
+        let growth = self.cost_doubles_at.map_or(0.0, |doubles| context / f64::from(doubles.get()));
+        Some(self.cost_ns_per_byte? * (1.0 + growth))
     }
 
     /// Whether an input of so many tokens (0: not said) ends in position `index` without filling it.

@@ -45,7 +45,7 @@ use crate::ids::{BlockId, Digest, GroupId, Handle, Instant, LeaseId, ShardId, Ve
 use crate::lease::{LeaseLimits, LeaseTable, Parting};
 pub use crate::policy::sage::fit::{Fit, Fitted};
 use crate::policy::{self, Policy, sage::GHOSTS_MAX};
-use crate::words::{Class, Fidelity, Keeper, MissReason, PolicyKind, RequestInfo};
+use crate::words::{Class, Fidelity, Keeper, MissReason, PolicyKind, Priority, RequestInfo};
 
 pub use access::{Victim, VictimPart};
 pub use home::Usage;
@@ -259,7 +259,9 @@ impl Directory {
         }
         self.add_part(id, part);
         if first {
+            let weight = self.weight_of(id, info.priority.unwrap_or(Priority::Normal));
             let e = &mut self.slab[id];
+            e.set_weight(weight);
             e.gone = 0;
             e.last_access = now;
             e.accesses = e.accesses.saturating_add(1);

@@ -38,6 +38,7 @@ pub(crate) fn format(groups: &[(Rule, u32, u16)]) -> Format {
         topology: Topology { canonical: false, tp: 1, pp: 1, cp: 1 },
         groups: groups.iter().map(group).collect(),
         prefill_us_per_token: 0,
+        prefill_doubles_at_tokens: 0,
     };
     format.validate().unwrap();
     format

@@ -9,6 +9,7 @@
 mod last_resort;
 pub(crate) mod lru;
 pub(crate) mod sage;
+pub(crate) mod weight;
 
 use crate::directory::entry::{EntryId, Level};
 use crate::directory::slab::Slab;
@@ -16,6 +17,7 @@ use crate::ids::Instant;
 use crate::words::{PolicyKind, RequestInfo};
 
 use self::sage::fit::{Fit, Fitted};
+use self::weight::Weight;
 
 /// What stands in the way of evicting a position from a level now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +74,8 @@ pub(crate) struct Access<'a> {
     pub last: Option<Instant>,
     /// The prompt ends in this position and does not fill it.
     pub tail: bool,
+    /// The weight that the position has from now on; `None`: as before.
+    pub weight: Option<Weight>,
 }
 
 /// An order of eviction. Calls name entries that are resident on the level named, `enter` before all others.
@@ -99,8 +103,19 @@ pub(crate) trait Policy: Send {
     /// Not now: others first, without counting as an access.
     fn defer(&mut self, slab: &mut Slab, id: EntryId, level: Level);
 
-    /// The client of a resident `id` says with `info` what comes of its session; no access.
-    fn hint(&mut self, _slab: &mut Slab, _id: EntryId, _info: &RequestInfo, _now: Instant) {}
+    /// The client of a resident `id` says with `info` what comes of its session, and gives it a weight; no access.
+    fn hint(&mut self, _slab: &mut Slab, _id: EntryId, _info: &RequestInfo, _weight: Option<Weight>, _now: Instant) {}
+
+    /// An evictable entry whose session has certainly ended and that `wanted` takes; it stays in place.
+    fn finished(&self, _slab: &Slab, _level: Level, _wanted: &dyn Fn(EntryId) -> bool) -> Option<EntryId> {
+        None
+    }
+
+    /// What keeping a resident `id` is worth now, hits per second of one position's room at a weight of 1; `None`: the
+    /// policy has no such measure.
+    fn value(&self, _slab: &Slab, _id: EntryId, _now: Instant) -> Option<f32> {
+        None
+    }
 
     /// What was learned, for a later life; empty where nothing is.
     fn save(&self) -> Vec<u8> {

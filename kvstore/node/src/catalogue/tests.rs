@@ -29,6 +29,7 @@ fn format() -> Format {
             size: SizeRule::Exact(4096),
         }],
         prefill_us_per_token: 0,
+        prefill_doubles_at_tokens: 0,
     }
 }
 

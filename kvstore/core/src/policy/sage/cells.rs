@@ -1,4 +1,4 @@
-//! Evictable positions of one tier by class and bucket of age, and which cell goes first.
+//! Evictable positions of one tier and weight by class and bucket of age, and which cell goes first.
 //!
 //! A cell is a list, the longest unused in front; a position moves on to the next bucket's cell as it ages. Cells are
 //! ranked by their index at each fit; a bitmap in the order of ranks finds the first that holds anything. Moves are O(1),
@@ -29,12 +29,14 @@ fn cell(class: ClassId, bucket: usize) -> usize {
     class.index() * BUCKETS + bucket
 }
 
-/// The order in which cells go, the same for both tiers.
+/// The order in which cells go, the same for both tiers and all weights.
 pub(super) struct Ranks {
     /// By cell.
     rank: Box<[u16; CELLS]>,
     /// By rank.
     cell: Box<[u16; CELLS]>,
+    /// Hits per second, by rank.
+    value: Box<[f32; CELLS]>,
 }
 
 const _: () = assert!(CELLS <= u16::MAX as usize, "cells are numbered by 16 bits");
@@ -50,12 +52,23 @@ impl Ranks {
             }
         }
         order.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)).then(a.2.cmp(&b.2)));
-        let (mut rank, mut at) = (Box::new([0; CELLS]), Box::new([0; CELLS]));
-        for (r, (_, _, cell)) in order.iter().enumerate() {
+        let (mut rank, mut at, mut value) = (Box::new([0; CELLS]), Box::new([0; CELLS]), Box::new([0.0; CELLS]));
+        for (r, (index, _, cell)) in order.iter().enumerate() {
             rank[usize::from(*cell)] = r as u16;
             at[r] = *cell;
+            value[r] = *index;
         }
-        Self { rank, cell: at }
+        Self { rank, cell: at, value }
+    }
+
+    /// The index of the cell with that rank.
+    pub(super) fn value(&self, rank: usize) -> f32 {
+        self.value[rank]
+    }
+
+    /// The index of a cell.
+    pub(super) fn value_of(&self, class: ClassId, bucket: usize) -> f32 {
+        self.value[usize::from(self.rank[cell(class, bucket)])]
     }
 }
 
@@ -119,31 +132,53 @@ impl Cells {
         self.note(ranks, class, bucket);
     }
 
-    /// The entry that has been in the first cell longest.
-    pub(super) fn first(&self, ranks: &Ranks) -> Option<EntryId> {
+    /// The rank of the first cell that holds anything.
+    pub(super) fn first_rank(&self) -> Option<usize> {
         let word = self.ranked.iter().position(|word| *word != 0)?;
-        let rank = word * 64 + self.ranked[word].trailing_zeros() as usize;
-        self.lists[usize::from(ranks.cell[rank])].front()
+        Some(word * 64 + self.ranked[word].trailing_zeros() as usize)
     }
 
-    /// All entries, those that go last first.
-    pub(super) fn last_to_first(&self, slab: &Slab, ranks: &Ranks, visit: &mut dyn FnMut(EntryId) -> bool) -> bool {
-        for (word, bits) in self.ranked.iter().enumerate().rev() {
-            let mut bits = *bits;
-            while bits != 0 {
-                let bit = 63 - bits.leading_zeros() as usize;
-                bits &= !(1 << bit);
-                let list = &self.lists[usize::from(ranks.cell[word * 64 + bit])];
-                let mut next = list.back();
-                while let Some(id) = next {
-                    if !visit(id) {
-                        return false;
-                    }
-                    next = list.before(slab, id);
-                }
-            }
-        }
-        true
+    /// The entry that has been in the first cell longest.
+    pub(super) fn first(&self, ranks: &Ranks) -> Option<EntryId> {
+        self.lists[usize::from(ranks.cell[self.first_rank()?])].front()
+    }
+
+    /// All entries of these classes.
+    pub(super) fn of(&self, slab: &Slab, classes: impl Iterator<Item = ClassId>) -> impl Iterator<Item = EntryId> {
+        let full =
+            move |class: ClassId| (0..BUCKETS).filter(move |bucket| self.has(class, *bucket)).map(move |b| (class, b));
+        classes.flat_map(full).flat_map(move |(class, bucket)| {
+            let list = &self.lists[cell(class, bucket)];
+            std::iter::successors(list.back(), move |id| list.before(slab, *id))
+        })
+    }
+
+    fn has(&self, class: ClassId, bucket: usize) -> bool {
+        self.classes[bucket][class.index() / 64] >> (class.index() % 64) & 1 == 1
+    }
+
+    /// The last rank below that one whose cell holds anything; `None`: of all.
+    pub(super) fn rank_before(&self, rank: Option<usize>) -> Option<usize> {
+        let end = rank.unwrap_or(CELLS);
+        let below = |word: usize| match end.saturating_sub(word * 64) {
+            0 => 0,
+            bits @ 1..64 => self.ranked[word] & ((1 << bits) - 1),
+            64.. => self.ranked[word],
+        };
+        let word = (0..end.div_ceil(64)).rev().find(|word| below(*word) != 0)?;
+        Some(word * 64 + 63 - below(word).leading_zeros() as usize)
+    }
+
+    /// The entries of the cell with that rank, the youngest first; `false`: `visit` has seen enough.
+    pub(super) fn last_of(
+        &self,
+        slab: &Slab,
+        ranks: &Ranks,
+        rank: usize,
+        visit: &mut dyn FnMut(EntryId) -> bool,
+    ) -> bool {
+        let list = &self.lists[usize::from(ranks.cell[rank])];
+        std::iter::successors(list.back(), |id| list.before(slab, *id)).all(visit)
     }
 
     /// Takes over a new order.

@@ -108,6 +108,11 @@ impl ClassId {
         ClassId((DUE + noise * DUES + due.min(DUES - 1)) as u8)
     }
 
+    /// The classes of sessions that have ended, as clients say that were never wrong.
+    pub(crate) fn certainly_ended() -> impl Iterator<Item = ClassId> + Clone {
+        (ENDED..ENDED + USE_STEPS).map(|class| ClassId(class as u8))
+    }
+
     pub(crate) fn index(self) -> usize {
         usize::from(self.0)
     }

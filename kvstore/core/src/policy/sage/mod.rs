@@ -1,12 +1,12 @@
 //! SAGE, session-age Gittins eviction: what goes next is learned from how positions of the same class were used before.
 //!
 //! ```text
-//! access ─> classes   what the position is told apart by from now on
+//! access ─> classes   what the position is told apart by from now on; weights: what it costs, its priority
 //!        ─> hazards   its gap is an observation of the class that it had       <─ ghosts: those that left and came back
 //!        ─> calendar  how many of each class are open, by last access
 //!        ─> cells     its place among the evictable ones of its tiers
 //! now and then: hazards + calendar ─fit─> an index per class and age ─> the order of the cells
-//! victim <─ the first cell's longest unused leaf
+//! victim <─ the longest unused leaf of the cell with the lowest index times weight
 //! ```
 //!
 //! One set of observations for both tiers, one order, two sets of cells. Only leaves have a seat in the cells: a position
@@ -21,6 +21,8 @@ mod clients;
 pub(crate) mod fit;
 mod ghosts;
 mod hazards;
+mod order;
+mod owners;
 mod snapshot;
 #[cfg(test)]
 mod tests;
@@ -36,14 +38,16 @@ use crate::words::{Hint, RequestInfo};
 
 use self::ages::{Ages, BUCKETS};
 use self::calendar::Calendar;
-use self::cells::{Cells, Ranks};
+use self::cells::Ranks;
 use self::classes::{ClassId, Seen, Sort};
 use self::clients::Clients;
 use self::fit::{Fit, Fits, Fitted};
 use self::ghosts::{Fell, Ghost, Ghosts, SAMPLED};
 use self::hazards::Hazards;
+use self::order::Order;
 use self::snapshot::Learned;
 use super::last_resort::LastResort;
+use super::weight::Weight;
 use super::{Access, Leased, Obstacle, Policy, obstacle};
 
 /// Ghosts remembered unless said otherwise: 128 MiB at most.
@@ -51,6 +55,8 @@ pub const GHOSTS_MAX: u32 = 4 * 1024 * 1024;
 
 /// How long one that was deferred is not asked for again while there are others.
 const DEFERRED_FOR: Duration = Duration::from_secs(1);
+/// Positions of ended sessions that one call looks at.
+const FINISHED_LOOKS: usize = 256;
 /// Deferred positions that come back in one call.
 const RETURNS_MAX: u32 = 1024;
 
@@ -69,7 +75,7 @@ pub(crate) struct Sage {
     ghosts: Ghosts,
     clients: Clients,
     ranks: Ranks,
-    cells: [Cells; 2],
+    orders: [Order; 2],
     leased: LastResort,
     deferred: [List; 2],
     /// When those that were deferred come back.
@@ -90,7 +96,7 @@ impl Sage {
             calendar: Calendar::new(),
             ghosts: Ghosts::new(ghosts_max),
             clients: Clients::default(),
-            cells: Level::BOTH.map(Cells::new),
+            orders: Level::BOTH.map(Order::new),
             leased: LastResort::new(),
             deferred: Level::BOTH.map(|level| List::new(Seat::Policy(level))),
             deferred_until: Instant(0),
@@ -122,8 +128,8 @@ impl Sage {
     fn take(&mut self, fitted: Fitted) {
         self.hazards.set_index(fitted.index);
         self.ranks = fitted.ranks;
-        for cells in &mut self.cells {
-            cells.rank(&self.ranks);
+        for order in &mut self.orders {
+            order.rank(&self.ranks);
         }
     }
 
@@ -133,7 +139,7 @@ impl Sage {
             PARKED => {}
             LEASED => self.leased.unlink(slab, id),
             DEFERRED => self.deferred[l].unlink(slab, id),
-            _ => self.cells[l].unlink(slab, &self.ranks, id),
+            _ => self.orders[l].unlink(slab, &self.ranks, id),
         }
         slab[id].seat[l] = PARKED;
     }
@@ -141,7 +147,7 @@ impl Sage {
     /// Gives an entry that has no seat the one of its class and age.
     fn seat(&mut self, slab: &mut Slab, id: EntryId, level: Level, oldest: bool) {
         let bucket = self.ages.since(self.now, slab[id].last_access);
-        self.cells[level as usize].push(slab, &self.ranks, id, bucket, oldest);
+        self.orders[level as usize].push(slab, &self.ranks, id, bucket, oldest);
     }
 
     /// Brings those back that were deferred.
@@ -177,22 +183,12 @@ impl Sage {
         Some(gap)
     }
 
-    /// Whose the position is, as far as that is said: its only session's, or several ones'.
-    fn note_session(e: &mut Entry, info: &RequestInfo) {
-        let session = session_byte(info.session);
-        if e.uses == 0 {
-            e.session = session;
-        } else if e.session != session {
-            e.set(Entry::SHARED, true);
-        }
-    }
-
     /// The class that a hint gives a position that only this session uses; `None`: history decides.
     fn hinted(&mut self, e: &Entry, access: &Access<'_>) -> Option<ClassId> {
-        let info = access.info;
-        if info.session == 0 || e.has(Entry::SHARED) {
+        if e.has(Entry::SHARED) {
             return None;
         }
+        let info = &owners::named(e, access.info);
         match info.hint? {
             Hint::Ends => self.clients.trust(info, access.now).map(|trust| ClassId::ended(trust, e.uses)),
             // The next prompt fills this position, and then it has another key.
@@ -205,9 +201,11 @@ impl Sage {
     }
 }
 
-/// A session in one byte: enough to tell most others from it. 0: not said.
-fn session_byte(session: u64) -> u8 {
-    if session == 0 { 0 } else { (session.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 56).max(1) as u8 }
+/// Shared positions keep the best of what was said of them.
+fn set_weight(e: &mut Entry, weight: Option<Weight>) {
+    if let Some(weight) = weight.filter(|weight| !e.has(Entry::SHARED) || *weight > e.weight()) {
+        e.set_weight(weight);
+    }
 }
 
 impl Policy for Sage {
@@ -230,8 +228,9 @@ impl Policy for Sage {
             // Under the class that it had.
             self.unlink(slab, id, level);
         }
+        owners::note(slab, id, access.info, access.tail);
+        set_weight(&mut slab[id], access.weight);
         let e = &mut slab[id];
-        Self::note_session(e, access.info);
         e.uses = e.uses.saturating_add(1);
         let seen = Seen { uses: e.uses, gap, tail: access.tail, info: access.info };
         let history = ClassId::of_history(&seen);
@@ -289,11 +288,11 @@ impl Policy for Sage {
     fn victim(&mut self, slab: &mut Slab, level: Level, now: Instant, leased: Leased) -> Option<EntryId> {
         let l = level as usize;
         self.tick(now);
-        self.cells[l].age(slab, &self.ranks, &self.ages, self.now);
+        self.orders[l].age(slab, &self.ranks, &self.ages, self.now);
         if self.deferred[l].len() > 0 && self.now >= self.deferred_until {
             self.undefer(slab, level);
         }
-        while let Some(id) = self.cells[l].first(&self.ranks).or_else(|| self.deferred[l].front()) {
+        while let Some(id) = self.orders[l].first(&self.ranks).or_else(|| self.deferred[l].front()) {
             let Some(kept) = obstacle(slab, id, level) else { return Some(id) };
             if kept == Obstacle::Leased && leased == Leased::WaitFor {
                 return None;
@@ -322,29 +321,45 @@ impl Policy for Sage {
         slab[id].seat[level as usize] = DEFERRED;
     }
 
-    fn hint(&mut self, slab: &mut Slab, id: EntryId, info: &RequestInfo, now: Instant) {
+    fn hint(&mut self, slab: &mut Slab, id: EntryId, info: &RequestInfo, weight: Option<Weight>, now: Instant) {
         self.tick(now);
-        let e = &mut slab[id];
-        Self::note_session(e, info);
+        owners::note(slab, id, info, false);
         // An announced age counts from the last access.
-        let waited = u32::try_from(now.since(e.last_access).as_millis()).unwrap_or(u32::MAX);
+        let waited = u32::try_from(now.since(slab[id].last_access).as_millis()).unwrap_or(u32::MAX);
         let hint = info.hint.map(|hint| match hint {
             Hint::Ends => Hint::Ends,
             Hint::DueIn(ms) => Hint::DueIn(ms.saturating_add(waited)),
         });
-        let access = Access { info: &RequestInfo { hint, ..*info }, now, last: None, tail: false };
-        let Some(class) = self.hinted(&slab[id], &access).filter(|class| class.0 != slab[id].class) else { return };
+        let access = Access { info: &RequestInfo { hint, ..*info }, now, last: None, tail: false, weight };
+        let class = self.hinted(&slab[id], &access).filter(|class| class.0 != slab[id].class);
+        if class.is_none() && weight.is_none_or(|weight| weight == slab[id].weight()) {
+            return;
+        }
         let listed = Level::BOTH.map(|level| (level, slab[id].seat[level as usize] != PARKED));
         for (level, _) in listed {
             self.unlink(slab, id, level);
         }
         let e = &mut slab[id];
-        self.calendar.take(ClassId(e.class), e.last_access, 1);
-        self.calendar.add(class, e.last_access, 1);
-        e.class = class.0;
+        set_weight(e, weight);
+        if let Some(class) = class {
+            self.calendar.take(ClassId(e.class), e.last_access, 1);
+            self.calendar.add(class, e.last_access, 1);
+            e.class = class.0;
+        }
         for (level, _) in listed.into_iter().filter(|(_, listed)| *listed) {
             self.seat(slab, id, level, false);
         }
+    }
+
+    fn finished(&self, slab: &Slab, level: Level, wanted: &dyn Fn(EntryId) -> bool) -> Option<EntryId> {
+        let free = |id| obstacle(slab, id, level).is_none() && wanted(id);
+        self.orders[level as usize].first_of(slab, ClassId::certainly_ended(), FINISHED_LOOKS, free)
+    }
+
+    fn value(&self, slab: &Slab, id: EntryId, now: Instant) -> Option<f32> {
+        let e = &slab[id];
+        let bucket = self.ages.since(now, e.last_access);
+        Some(self.ranks.value_of(ClassId(e.class), bucket) * e.weight().factor())
     }
 
     fn save(&self) -> Vec<u8> {
@@ -394,6 +409,6 @@ impl Policy for Sage {
                 next = list.before(slab, id);
             }
         }
-        self.cells[level as usize].last_to_first(slab, &self.ranks, visit);
+        self.orders[level as usize].last_to_first(slab, &self.ranks, visit);
     }
 }

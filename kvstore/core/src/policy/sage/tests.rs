@@ -11,7 +11,7 @@ use super::classes::{CLASSES, ClassId, HISTORY, Sort};
 use super::*;
 use crate::directory::entry::{Entry, Parts};
 use crate::directory::testing::{HANDLE, digest, plain};
-use crate::words::{RequestInfo, RequestKind};
+use crate::words::{Priority, RequestInfo, RequestKind};
 
 /// Positions of the universe: chains of four.
 const POSITIONS: u32 = 40;
@@ -71,7 +71,8 @@ impl World {
     }
 
     fn tell(&mut self, id: EntryId, info: &RequestInfo, last: Option<Instant>) {
-        let access = Access { info, now: Instant(self.now), last, tail: false };
+        let weight = info.priority.map(|priority| Weight::new(None, priority));
+        let access = Access { info, now: Instant(self.now), last, tail: false, weight };
         self.sage.access(&mut self.slab, id, &access);
     }
 
@@ -86,7 +87,8 @@ impl World {
     fn index(&self, id: EntryId) -> (f32, usize) {
         let e = &self.slab[id];
         let bucket = usize::from(e.seat[0]) - 1;
-        (self.sage.hazards.index()[usize::from(e.class)][bucket], BUCKETS - bucket)
+        let index = self.sage.hazards.index()[usize::from(e.class)][bucket];
+        (index * e.weight().factor(), BUCKETS - bucket)
     }
 
     /// Lets the next victim go, which must be one that no leaf is worth less than.
@@ -106,7 +108,10 @@ impl World {
             let late = self.sage.ages.width_ms(listed) * 5 / 4 + 1;
             assert!(age >= self.sage.ages.start_ms(listed), "{n} is younger than its cell");
             assert!(self.sage.ages.end_ms(listed).is_none_or(|end| age < end + late), "{n} has outgrown its cell");
-            assert!(self.index(id) <= self.index(*leaf), "{n} is worth less than the victim");
+            let (victim, other) = (self.index(id), self.index(*leaf));
+            // Among equals of one weight the older goes first.
+            let smaller = if self.slab[id].weight() == e.weight() { victim <= other } else { victim.0 <= other.0 };
+            assert!(smaller, "{n} is worth less than the victim");
         }
         let n = (0..POSITIONS).find(|n| self.find(*n) == Some(id)).expect("of this universe");
         self.drop_it(n, true);
@@ -136,7 +141,7 @@ impl World {
     /// Everything that is kept twice agrees.
     fn check(&self) {
         let seats = self.leaves().len();
-        assert_eq!(self.sage.cells[0].len(), seats, "leaves and nobody else have a seat");
+        assert_eq!(self.sage.orders[0].len(), seats, "leaves and nobody else have a seat");
         let mut open = [0u32; CLASSES];
         let here = (0..POSITIONS).filter_map(|n| self.find(n));
         here.for_each(|id| open[usize::from(self.slab[id].class)] += 1);
@@ -167,8 +172,8 @@ fn info(kind: u8, input: u32, output: u32) -> RequestInfo {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
-    /// Requests, pauses and victims in any order: the victim is a leaf of the lowest index, counts agree, and every gap
-    /// that happened was observed.
+    /// Requests, pauses, priorities and victims in any order: the victim is a leaf of the lowest index times weight, counts
+    /// agree, and every gap that happened was observed.
     #[test]
     fn the_victim_is_a_leaf_that_no_other_is_worth_less_than(
         steps in prop::collection::vec((0u8..8, 0..POSITIONS, 0u32..24, any::<u16>()), 1..120),
@@ -177,7 +182,11 @@ proptest! {
         for (op, n, pause, sizes) in steps {
             world.now += 1 << pause.min(22);
             match op {
-                0..=3 => world.request(n, &info(op, u32::from(sizes) * 2, u32::from(sizes) % 400)),
+                0..=3 => {
+                    let priority = Priority::from_code((sizes % 4) as u8);
+                    let info = info(op, u32::from(sizes) * 2, u32::from(sizes) % 400);
+                    world.request(n, &RequestInfo { priority, ..info });
+                }
                 4 if world.find(n).is_some_and(|id| world.slab[id].resident_children[0] == 0) => {
                     world.drop_it(n, false);
                     world.ghosts.remove(&n);
@@ -188,6 +197,14 @@ proptest! {
         }
         // Before anything fades.
         world.sage.hazards.used.iter().flatten().for_each(|seen| assert!(seen.is_finite() && *seen >= 0.0));
+        let (mut hottest, now) = (Vec::new(), Instant(world.now));
+        world.sage.hottest(&world.slab, Level::Dram, &mut |id| {
+            // Of two of a cell either may go first: they are worth the same.
+            hottest.push(world.index(id).0);
+            true
+        });
+        prop_assert!(hottest.is_sorted_by(|a, b| a >= b), "the hottest come first: {hottest:?} at {now:?}");
+        prop_assert_eq!(hottest.len(), world.leaves().len());
         while world.evict().is_some() {}
         prop_assert_eq!(world.slab.len(), 0);
     }
@@ -365,10 +382,89 @@ fn what_several_sessions_use_does_not_end_with_one() {
     world.request(0, &said(2, Some(Hint::Ends)));
     let id = world.find(0).unwrap();
     assert!(matches!(ClassId(world.slab[id].class).sort(), Sort::History { .. }));
-    // Without a session nothing is known of who else uses it.
-    world.request(CHAIN, &said(0, Some(Hint::Ends)));
-    let id = world.find(CHAIN).unwrap();
-    assert!(matches!(ClassId(world.slab[id].class).sort(), Sort::History { .. }));
+}
+
+/// An engine that names no session: a chain is one until another branches off it, from where on there are two.
+#[test]
+fn a_chain_is_a_session_where_none_is_named_and_a_branch_begins_another() {
+    let ended = |world: &World, n: u32| {
+        matches!(ClassId(world.slab[world.find(n).expect("here")].class).sort(), Sort::Ended { .. })
+    };
+    let mut world = World::new();
+    world.request(2, &said(0, Some(Hint::Ends)));
+    assert!((0..3).all(|n| ended(&world, n)));
+
+    // 4, 5, 6 and, behind 5, another one: what both have is shared.
+    world.request(6, &said(0, None));
+    let parent = world.find(5).unwrap();
+    let mut other = entry(9, 2, world.now);
+    other.parent = parent;
+    other.set_resident(Level::Dram, true);
+    let id = world.slab.insert(other);
+    world.slab[parent].children += 1;
+    world.slab[parent].resident_children[0] += 1;
+    world.sage.enter(&mut world.slab, id, Level::Dram);
+    world.tell(id, &said(0, Some(Hint::Ends)), None);
+    world.now += 1000;
+    world.request(6, &said(0, Some(Hint::Ends)));
+    assert!(ended(&world, 6) && ended(&world, 9) && !ended(&world, 4) && !ended(&world, 5));
+    assert_ne!(world.slab[id].session, world.slab[parent].session);
+}
+
+/// The end of a prompt that does not fill its block is no branch: the next prompt of the session fills it.
+#[test]
+fn a_prompt_that_ends_within_a_block_does_not_share_what_lies_before() {
+    let mut world = World::new();
+    world.request(1, &said(0, None));
+    let parent = world.find(0).unwrap();
+    let mut tail = entry(9, 1, world.now);
+    tail.parent = parent;
+    world.slab[parent].children += 1;
+    let id = world.slab.insert(tail);
+    owners::note(&mut world.slab, id, &said(0, None), true);
+    assert!(!world.slab[parent].has(Entry::SHARED));
+    assert_eq!(world.slab[id].session, world.slab[parent].session);
+}
+
+/// Used alike, they go by priority; a shared one keeps the best that was said of it.
+#[test]
+fn of_positions_that_are_used_alike_the_lower_priority_goes_first() {
+    let mut world = World::new();
+    let with = |session, priority| RequestInfo { priority, ..said(session, None) };
+    world.request(0, &with(1, Some(Priority::High)));
+    world.request(CHAIN, &with(2, None));
+    world.request(2 * CHAIN, &with(3, Some(Priority::Low)));
+    world.request(3 * CHAIN, &with(4, Some(Priority::High)));
+    world.request(3 * CHAIN, &with(5, Some(Priority::Low)));
+    assert_eq!((world.evict(), world.evict()), (Some(2 * CHAIN), Some(CHAIN)));
+    // Said between two requests.
+    let id = world.find(0).unwrap();
+    let value = |world: &World| world.sage.value(&world.slab, id, Instant(world.now)).unwrap();
+    let high = value(&world);
+    let weight = Some(Weight::new(None, Priority::Normal));
+    world.sage.hint(&mut world.slab, id, &with(1, Some(Priority::Normal)), weight, Instant(world.now));
+    assert_eq!(value(&world), high / 4.0);
+    world.check();
+    assert_eq!((world.evict(), world.evict()), (Some(0), Some(3 * CHAIN)));
+}
+
+/// What has ended is offered before room is needed, as long as the client's word was never wrong and nothing keeps it.
+#[test]
+fn ended_sessions_are_offered_early_and_living_ones_are_not() {
+    let mut world = World::new();
+    world.request(1, &said(1, Some(Hint::Ends)));
+    world.request(CHAIN, &said(2, None));
+    let offered = |world: &World| world.sage.finished(&world.slab, Level::Dram, &|_| true);
+    assert_eq!(offered(&world), world.find(1), "leaf first");
+    assert_eq!(world.sage.finished(&world.slab, Level::Dram, &|_| false), None);
+    assert_eq!(world.sage.finished(&world.slab, Level::Nvme, &|_| true), None);
+    let leaf = world.find(1).unwrap();
+    world.slab[leaf].leases = 1;
+    assert_eq!(offered(&world), None, "leased");
+    world.slab[leaf].leases = 0;
+    world.drop_it(1, false);
+    world.drop_it(0, false);
+    assert_eq!(offered(&world), None);
 }
 
 /// A hint between two requests counts for the order at once, and as no access.
@@ -382,13 +478,13 @@ fn a_hint_may_come_between_two_requests() {
     let id = world.find(2 * CHAIN).unwrap();
     let (uses, last) = (world.slab[id].uses, world.slab[id].last_access);
     let hint = said(3, Some(Hint::Ends));
-    world.sage.hint(&mut world.slab, id, &hint, Instant(world.now));
+    world.sage.hint(&mut world.slab, id, &hint, None, Instant(world.now));
     assert_eq!((world.slab[id].uses, world.slab[id].last_access), (uses, last));
     world.check();
     assert_eq!(world.evict(), Some(2 * CHAIN));
     // Announced for later than others have ever been waited for: counted from its last access.
     let id = world.find(0).unwrap();
-    world.sage.hint(&mut world.slab, id, &said(1, Some(Hint::DueIn(30_000))), Instant(world.now));
+    world.sage.hint(&mut world.slab, id, &said(1, Some(Hint::DueIn(30_000))), None, Instant(world.now));
     let due = ClassId(world.slab[id].class).sort();
     let waited = world.now - world.slab[id].last_access.0;
     assert_eq!(due, Sort::Due { noise: 0, due: world.sage.ages.bucket(Duration::from_millis(waited + 30_000)) });

@@ -64,6 +64,7 @@ fn format() -> Format {
             size: SizeRule::UpTo(TEXT_BYTES_MAX as u64),
         }],
         prefill_us_per_token: 0,
+        prefill_doubles_at_tokens: 0,
     }
 }
 

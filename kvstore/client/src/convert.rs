@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use kvkeep_core::ids::{InstanceId, Instant, Key, LeaseId, NamespaceId, RequestId, Revision, Version};
-use kvkeep_core::words::{Class, Fidelity, Hint, MissReason, PartStatus, RequestInfo, RequestKind, Tier};
+use kvkeep_core::words::{Class, Fidelity, Hint, MissReason, PartStatus, Priority, RequestInfo, RequestKind, Tier};
 use kvkeep_core::{Error, ErrorKind, Format, Group, Handle, Result, Rule, SizeRule, Topology};
 use kvkeep_proto::{ERROR_DETAIL_KEY, v1};
 use prost::Message as _;
@@ -314,6 +314,22 @@ fn hint_from_proto(hint: &v1::Hint) -> Option<Hint> {
     }
 }
 
+fn priority_to_proto(priority: Priority) -> v1::Hint {
+    let number = match priority {
+        Priority::Low => -1,
+        Priority::Normal => 0,
+        Priority::High => 1,
+    };
+    v1::Hint { what: Some(v1::hint::What::Priority(number)) }
+}
+
+fn priority_from_proto(hint: &v1::Hint) -> Option<Priority> {
+    match hint.what? {
+        v1::hint::What::Priority(number) => Some(Priority::of_number(number)),
+        _ => None,
+    }
+}
+
 /// What a server reads of a [`v1::CallContext`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Context {
@@ -338,7 +354,7 @@ pub fn context_to_proto(context: &Context) -> v1::CallContext {
         info: Some(info_to_proto(context.info)),
         policy_clock_ms: context.policy_clock.map_or(0, |i| i.0),
         session_id: if info.session == 0 { String::new() } else { format!("{:016x}", info.session) },
-        hints: info.hint.map(hint_to_proto).into_iter().collect(),
+        hints: info.hint.map(hint_to_proto).into_iter().chain(info.priority.map(priority_to_proto)).collect(),
         label: context.label.clone(),
     }
 }
@@ -352,6 +368,7 @@ pub fn context_from_proto(context: Option<v1::CallContext>) -> Result<Context> {
         info: RequestInfo {
             session: session_number(&c.session_id),
             hint: c.hints.iter().find_map(hint_from_proto),
+            priority: c.hints.iter().find_map(priority_from_proto),
             ..info_from_proto(c.info)
         },
         policy_clock: (c.policy_clock_ms != 0).then_some(Instant(c.policy_clock_ms)),
@@ -379,6 +396,7 @@ pub fn format_to_proto(format: &Format) -> v1::Format {
         }),
         groups: format.groups.iter().map(group_to_proto).collect(),
         prefill_us_per_token: format.prefill_us_per_token,
+        prefill_doubles_at_tokens: format.prefill_doubles_at_tokens,
     }
 }
 
@@ -451,6 +469,7 @@ pub fn format_from_proto(format: Option<v1::Format>) -> Result<Format> {
         },
         groups,
         prefill_us_per_token: f.prefill_us_per_token,
+        prefill_doubles_at_tokens: f.prefill_doubles_at_tokens,
     };
     format.validate()?;
     Ok(format)

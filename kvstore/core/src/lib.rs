@@ -41,6 +41,6 @@ pub use ids::{
 };
 pub use lease::{LeaseAsk, LeaseInfo, LeaseLimits};
 pub use words::{
-    Class, EventKind, Fidelity, Happening, Hint, Keeper, MissReason, PartStatus, PolicyKind, RequestInfo, RequestKind,
-    Tier,
+    Class, EventKind, Fidelity, Happening, Hint, Keeper, MissReason, PartStatus, PolicyKind, Priority, RequestInfo,
+    RequestKind, Tier,
 };

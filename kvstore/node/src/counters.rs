@@ -89,6 +89,8 @@ counters! {
     reservations_abandoned => "kvkeep_reservations_abandoned_total",
     /// Copies dropped from DRAM that are on NVMe still.
     demoted_parts => "kvkeep_demoted_parts_total",
+    /// Positions of ended sessions that left DRAM before anybody wanted their room.
+    finished_positions => "kvkeep_finished_positions_total",
     /// Copies brought up from NVMe.
     promoted_parts => "kvkeep_promoted_parts_total",
     /// Parts that left their last tier by policy.

@@ -70,6 +70,7 @@ pub async fn explain(contact: &Contact, namespace: Option<&str>, key: &KeyArg, o
         "position": reply.position.as_ref().map(show::position_json),
         "history": reply.history.iter().map(|h| json!({
             "unix_ms": h.unix_ms, "what": h.what, "tier": show::tier_json(h.tier), "why": h.why,
+            "index_value": h.index_value,
         })).collect::<Vec<_>>(),
     });
     out.answer("explain", fields, || {
@@ -79,12 +80,12 @@ pub async fn explain(contact: &Contact, namespace: Option<&str>, key: &KeyArg, o
             text.push_str(&position_text(p));
         }
         if !reply.history.is_empty() {
-            let rows = reply
-                .history
-                .iter()
-                .map(|h| vec![units::moment(h.unix_ms), h.what.clone(), show::tier(h.tier).to_owned(), h.why.clone()]);
+            let rows = reply.history.iter().map(|h| {
+                let worth = h.index_value.map_or_else(String::new, show::index_value);
+                vec![units::moment(h.unix_ms), h.what.clone(), show::tier(h.tier).to_owned(), h.why.clone(), worth]
+            });
             text.push('\n');
-            text.push_str(&table(&["when", "what", "tier", "why"], rows, &[]));
+            text.push_str(&table(&["when", "what", "tier", "why", "index value"], rows, &[]));
         }
         text
     })?;
@@ -138,6 +139,7 @@ fn position_text(p: &wire::PositionInfo) -> String {
         ("class", show::class(p.class).to_owned()),
         ("leases", p.leases.to_string()),
         ("accesses", format!("{}, the last {} ago", p.accesses, units::millis(p.idle_ms))),
+        ("index value", p.index_value.map_or_else(|| "none".to_owned(), show::index_value)),
     ]);
     let rows = p.parts.iter().map(|part| {
         vec![

@@ -48,7 +48,8 @@ pub async fn show(contact: &Contact, name: &str, out: &Output) -> Outcome {
             let cut = if t.canonical { "canonical".to_owned() } else { format!("tp {} pp {} cp {}", t.tp, t.pp, t.cp) };
             let prefill = match f.prefill_us_per_token {
                 0 => "not declared".to_owned(),
-                us => format!("{us} us per token"),
+                us if f.prefill_doubles_at_tokens == 0 => format!("{us} us per token"),
+                us => format!("{us} us per token, twice that behind {} tokens", f.prefill_doubles_at_tokens),
             };
             text.push_str(&pairs([
                 ("model", f.model.clone()),

@@ -70,6 +70,7 @@ pub fn position_json(p: &wire::PositionInfo) -> Value {
         "leases": p.leases,
         "accesses": p.accesses,
         "idle_ms": p.idle_ms,
+        "index_value": p.index_value,
         "parts": p.parts.iter().map(|part| json!({
             "group": part.group,
             "shard": part.shard,
@@ -78,6 +79,11 @@ pub fn position_json(p: &wire::PositionInfo) -> Value {
             "tiers": part.tiers.iter().map(|t| tier(*t)).collect::<Vec<_>>(),
         })).collect::<Vec<_>>(),
     })
+}
+
+/// What keeping a position is worth to the policy.
+pub fn index_value(hits_per_s: f32) -> String {
+    format!("{hits_per_s:.2e} hits/s")
 }
 
 /// A tier's numbers as JSON.
@@ -142,6 +148,7 @@ fn format_json(f: &wire::Format) -> Value {
         "tokens_per_key": f.tokens_per_key,
         "topology": { "canonical": t.canonical, "tp": t.tp, "pp": t.pp, "cp": t.cp },
         "prefill_us_per_token": f.prefill_us_per_token,
+        "prefill_doubles_at_tokens": f.prefill_doubles_at_tokens,
         "groups": f.groups.iter().map(|g| json!({
             "rule": rule(g),
             "tokens_per_block": g.tokens_per_block,

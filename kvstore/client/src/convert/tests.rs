@@ -36,12 +36,12 @@ prop_compose! {
         texts in (text(), text(), text(), text(), "[a-z]{0,5}"),
         canonical in any::<bool>(),
         sizes in (1u16.., 1u16.., 1u16..),
-        prefill_us_per_token in any::<u32>(),
+        (prefill_us_per_token, prefill_doubles_at_tokens) in any::<(u32, u32)>(),
     ) -> Format {
         let (tp, pp, cp) = if canonical { (1, 1, 1) } else { sizes };
         let (model, dtype, layout, hash_algorithm, hash_seed) = texts;
         Format {
-            model, dtype, layout, hash_algorithm, hash_seed, tokens_per_key, groups, prefill_us_per_token,
+            model, dtype, layout, hash_algorithm, hash_seed, tokens_per_key, groups, prefill_us_per_token, prefill_doubles_at_tokens,
             topology: Topology { canonical, tp, pp, cp },
         }
     }
@@ -65,6 +65,7 @@ proptest! {
         clock in any::<u64>(),
         session in any::<u64>(),
         hint in prop_oneof![0u32..3, any::<u32>()],
+        priority in 0u8..4,
         label in text(),
     ) {
         let context = Context {
@@ -81,6 +82,7 @@ proptest! {
                     1 => Some(Hint::Ends),
                     ms => Some(Hint::DueIn(ms)),
                 },
+                priority: Priority::from_code(priority),
             },
             policy_clock: (clock != 0).then_some(Instant(clock)),
             label,

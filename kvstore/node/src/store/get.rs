@@ -371,7 +371,7 @@ impl Store {
                 if store.directory.lock().set_slot(&id, found.version, at) {
                     store.pressure.notify_one();
                     store.counters.promoted_parts.one();
-                    store.journal.moved(&Subject::of(&meta), Moved::Promoted, Tier::Dram);
+                    store.journal.moved(&Subject::of(&meta), Moved::Promoted, Tier::Dram, None);
                 } else {
                     // Gone or promoted by another way meanwhile; the pin keeps the bytes for who asked.
                     store.arena.free(at);

@@ -189,6 +189,7 @@ impl Store {
             accesses: view.accesses,
             idle_ms: u64::try_from(idle.as_millis()).unwrap_or(u64::MAX),
             digest: Bytes::copy_from_slice(view.digest.as_bytes()),
+            index_value: self.directory.lock().index_value(&view.digest, self.clock.policy()),
         }
     }
 
@@ -206,6 +207,7 @@ impl Store {
                 what: e.what.word().into(),
                 tier: convert::tier_opt_to_proto(e.tier),
                 why: e.why.map_or_else(String::new, |w| w.word().into()),
+                index_value: e.index_value,
             })
             .collect();
         let (status, reason, summary) = match &view {

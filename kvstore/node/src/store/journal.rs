@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use kvkeep_core::events::{EVENT_BYTES_MAX, Event, EventRing, Read};
-use kvkeep_core::history::{History, HistoryEntry};
+use kvkeep_core::history::{History, HistoryEntry, Record};
 use kvkeep_core::words::{EventKind, Happening};
 use kvkeep_core::{BlockMeta, Digest, GroupId, Handle, Key, MissReason, Tier};
 use kvkeep_tiers::nvme::IndexEntry;
@@ -109,11 +109,11 @@ impl Journal {
         let mut event = Subject::of(meta).event(EventKind::Stored, Tier::Dram);
         event.parent_key = parent_key.unwrap_or_default();
         event.token_ids = token_ids;
-        self.record(event, Happening::Stored, None);
+        self.record(event, Happening::Stored, None, None);
     }
 
-    /// A copy moved or left.
-    pub fn moved(&self, subject: &Subject<'_>, moved: Moved, tier: Tier) {
+    /// A copy moved or left; by the policy's word, when keeping it was worth so much.
+    pub fn moved(&self, subject: &Subject<'_>, moved: Moved, tier: Tier, index_value: Option<f32>) {
         let (what, kind, reason) = match moved {
             Moved::Promoted => (Happening::Promoted, EventKind::Promoted, None),
             Moved::Demoted => (Happening::Demoted, EventKind::Demoted, None),
@@ -121,21 +121,23 @@ impl Journal {
             Moved::Gone(MissReason::Expired) => (Happening::Expired, EventKind::Removed, Some(MissReason::Expired)),
             Moved::Gone(reason) => (Happening::Removed, EventKind::Removed, Some(reason)),
         };
-        self.record(subject.event(kind, tier), what, reason);
+        self.record(subject.event(kind, tier), what, reason, index_value);
     }
 
-    fn record(&self, event: Event, what: Happening, reason: Option<MissReason>) {
+    fn record(&self, event: Event, what: Happening, why: Option<MissReason>, index_value: Option<f32>) {
         let sequence = {
             let mut rings = self.rings.lock();
-            rings.history.record(event.digest, what, Some(event.tier), reason, Clock::unix_ms());
+            let record = Record { what, tier: Some(event.tier), why, index_value };
+            rings.history.record(event.digest, record, Clock::unix_ms());
             rings.events.push(event)
         };
         self.latest.send_replace(sequence);
     }
 
     /// Something happened that is no event for watchers, or of which only the digest is known.
-    pub fn note(&self, digest: &Digest, what: Happening, tier: Tier, reason: Option<MissReason>) {
-        self.rings.lock().history.record(*digest, what, Some(tier), reason, Clock::unix_ms());
+    pub fn note(&self, digest: &Digest, what: Happening, tier: Tier, why: Option<MissReason>) {
+        let record = Record { what, tier: Some(tier), why, index_value: None };
+        self.rings.lock().history.record(*digest, record, Clock::unix_ms());
     }
 
     /// Why a position is absent, as far as is remembered.

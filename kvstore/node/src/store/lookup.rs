@@ -100,7 +100,7 @@ impl Store {
         Ok(Matched {
             boundary_tokens,
             lease: outcome.lease.and_then(|id| Some((id, self.left_of(id)?))),
-            recompute_us: boundary_tokens * u64::from(namespace.format.prefill_us_per_token),
+            recompute_us: namespace.format.prefill_us(boundary_tokens),
             load_us: self.rates.load_us(outcome.dram_bytes, outcome.nvme_bytes, self.flights.under_way() as u64),
             outcome,
         })

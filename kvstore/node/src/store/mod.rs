@@ -319,7 +319,7 @@ impl Store {
             for part in parts {
                 let (handle, id) = (*handle, BlockId { digest: *digest, group: part.group, shard: part.shard });
                 match part.slot.and_then(|slot| self.arena.pin(slot)).and_then(|p| p.meta().ok()) {
-                    Some(meta) => self.journal.moved(&Subject::of(&meta), Moved::Gone(reason), Tier::Dram),
+                    Some(meta) => self.journal.moved(&Subject::of(&meta), Moved::Gone(reason), Tier::Dram, None),
                     None => unnamed.push((handle, id)),
                 }
                 if let Some(slot) = part.slot {
@@ -329,7 +329,7 @@ impl Store {
             }
         }
         for entry in self.index_entries(unnamed).await {
-            self.journal.moved(&Subject::of_entry(&entry), Moved::Gone(reason), Tier::Nvme);
+            self.journal.moved(&Subject::of_entry(&entry), Moved::Gone(reason), Tier::Nvme, None);
         }
         self.free_places(&copies).await;
         self.room.notify_waiters();

@@ -301,6 +301,7 @@ impl Store {
             class: wish.class,
             keep: wish.keep,
             ttl: wish.ttl,
+            priority: wish.info.priority,
             parent_key: site.parent_key.clone(),
             token_ids: Arc::clone(&position.token_ids),
             slot,
@@ -418,9 +419,10 @@ impl Store {
             }
         }
         let now = self.clock.policy();
+        let info = RequestInfo { priority: reservation.priority.or(info.priority), ..*info };
         let inserted = {
             let mut directory = self.directory.lock();
-            let inserted = directory.insert(meta, &namespace.format, Placed::Dram(at), info, now);
+            let inserted = directory.insert(meta, &namespace.format, Placed::Dram(at), &info, now);
             if let Ok(Inserted::Stored | Inserted::Superseded(_)) = &inserted {
                 if let Some(place) = place {
                     directory.set_nvme(&meta.id, meta.version, place);

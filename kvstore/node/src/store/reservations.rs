@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use kvkeep_core::checksum::RunningSums;
 use kvkeep_core::ids::BlockId;
-use kvkeep_core::{BlockMeta, Class, Error, ErrorKind, InstanceId, Instant, Result, TenantId};
+use kvkeep_core::{BlockMeta, Class, Error, ErrorKind, InstanceId, Instant, Priority, Result, TenantId};
 use kvkeep_tiers::dram::Reserved;
 
 /// A name a client cannot guess.
@@ -33,6 +33,8 @@ pub struct Reservation<S = Reserved> {
     pub keep: bool,
     /// Time to live after commit.
     pub ttl: Option<Duration>,
+    /// How much the position counts to the policy; `None`: nobody said.
+    pub priority: Option<Priority>,
     /// The engine's key of the position before; for watchers.
     pub parent_key: Option<Arc<[u8]>>,
     /// Tokens of the position; for watchers.

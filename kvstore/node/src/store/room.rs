@@ -3,6 +3,7 @@
 //! A DRAM copy whose block is on NVMe is dropped (a demotion). One that is on its way there waits for its write, and one
 //! that is not is dropped for good. NVMe evicts by the same policy, `durable` excepted.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -196,7 +197,11 @@ impl Store {
 
     fn drop_dram(&self, id: &BlockId, slot: SlotRef) -> bool {
         let meta = self.arena.pin(slot).and_then(|p| p.meta().ok());
-        let dropped = self.directory.lock().drop_slot(id, slot, MissReason::Evicted);
+        let now = self.clock.policy();
+        let (worth, dropped) = {
+            let mut directory = self.directory.lock();
+            (directory.index_value(&id.digest, now), directory.drop_slot(id, slot, MissReason::Evicted))
+        };
         let (counter, moved) = match dropped {
             Dropped::None => return false,
             Dropped::StillOnNvme | Dropped::StillInDram => (&self.counters.demoted_parts, Moved::Demoted),
@@ -206,7 +211,7 @@ impl Store {
         self.arena.free(slot);
         if let Some(meta) = meta {
             let tier = if moved == Moved::Demoted { Tier::Nvme } else { Tier::Dram };
-            self.journal.moved(&Subject::of(&meta), moved, tier);
+            self.journal.moved(&Subject::of(&meta), moved, tier, worth);
         }
         self.room.notify_waiters();
         true
@@ -220,6 +225,7 @@ impl Store {
                 () = self.pressure.notified() => {}
                 () = tokio::time::sleep(WATERMARK_POLL) => {}
             }
+            self.let_finished_go().await;
             let usage = self.arena.usage();
             let share = |percent: u8| usage.capacity_bytes / 100 * u64::from(percent);
             let low = share(self.config.arena.low_watermark_percent);
@@ -251,6 +257,25 @@ impl Store {
         }
     }
 
+    /// Drops the DRAM copies of sessions that have ended and that NVMe has, before anybody wants their room.
+    async fn let_finished_go(&self) {
+        loop {
+            for _ in 0..VICTIMS_PER_SLICE {
+                let Some(victim) = self.directory.lock().finished_victim() else { return };
+                // One that is read in place keeps its slot without a lease, too: it goes when its turn comes.
+                let gone = victim.parts.iter().filter(|part| {
+                    let free = part.slot.filter(|slot| !self.arena.is_pinned(*slot));
+                    free.is_some_and(|slot| self.drop_dram(&block(&victim, part), slot))
+                });
+                if gone.count() == 0 {
+                    return;
+                }
+                self.counters.finished_positions.one();
+            }
+            tokio::task::yield_now().await;
+        }
+    }
+
     /// Something has ended that may have kept blocks in DRAM: a write to NVMe, a lease.
     pub(super) fn may_leave(&self) {
         self.room.notify_waiters();
@@ -277,11 +302,12 @@ impl Store {
     pub(super) async fn evict_nvme(&self, bytes: u64) -> u64 {
         let now = self.clock.policy();
         let (mut freed, mut copies) = (0, Vec::new());
-        let mut gone = Vec::new();
+        let (mut gone, mut worth) = (Vec::new(), HashMap::new());
         while freed < bytes && copies.len() < VICTIMS_PER_SLICE {
             let mut directory = self.directory.lock();
             let Some(victim) = directory.victim(Tier::Nvme, now) else { break };
             let before = copies.len();
+            worth.insert(victim.digest, directory.index_value(&victim.digest, now));
             for part in &victim.parts {
                 let Some(place) = part.place else { continue };
                 let id = block(&victim, part);
@@ -299,7 +325,8 @@ impl Store {
         }
         self.counters.evicted_parts.add(gone.len() as u64);
         for entry in self.index_entries(gone).await {
-            self.journal.moved(&Subject::of_entry(&entry), Moved::Evicted, Tier::Nvme);
+            let worth = worth.get(&entry.id.digest).copied().flatten();
+            self.journal.moved(&Subject::of_entry(&entry), Moved::Evicted, Tier::Nvme, worth);
         }
         self.free_places(&copies).await;
         freed

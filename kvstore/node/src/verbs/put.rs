@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvkeep_client::convert;
-use kvkeep_core::{Error, ErrorKind, GroupId, Keeper, Key, ShardId};
+use kvkeep_core::{Error, ErrorKind, GroupId, Keeper, Key, Priority, ShardId};
 use kvkeep_proto::v1;
 
 use super::{Answer, Call, Refusal, Verbs, narrow};
@@ -93,10 +93,14 @@ fn reserve_wish(call: &Call, wish: v1::ReserveRequest) -> Result<ReserveWish, Er
             Ok(PositionWish { key: Key::new(&p.key)?, parts, token_ids: p.token_ids.into() })
         })
         .collect::<Result<_, Error>>()?;
+    let mut info = call.context.info;
+    if wish.priority != 0 {
+        info.priority = Some(Priority::of_number(wish.priority));
+    }
     Ok(ReserveWish {
         handle: convert::handle_from_proto(wish.handle)?,
         request: call.context.request_id.clone(),
-        info: call.context.info,
+        info,
         parent: if wish.parent_key.is_empty() { None } else { Some(Key::new(&wish.parent_key)?) },
         first_position: wish.first_position,
         positions,

@@ -248,6 +248,9 @@ impl Verbs {
             info: call.context.info,
             deadline: call.deadline,
         };
+        if session.priority != 0 {
+            self.store.tell_priority(&name, &session, 0).await;
+        }
         let restored = self.store.restore_session(call.caller, &namespace, &session, wish, tell).await?;
         Ok(spell_restored(restored, &session))
     }

@@ -60,7 +60,12 @@ async fn what_a_durable_session_names_survives_a_power_cut_although_it_was_put_a
 
 /// Much more than the arena holds, and nothing of it is asked to stay.
 async fn pressure(ns: &Namespace, chain: u64) {
-    for n in 0..9 {
+    pressure_of(ns, chain, 9).await;
+}
+
+/// So many chains of ten blocks of 1 MiB.
+async fn pressure_of(ns: &Namespace, chain: u64, chains: u64) {
+    for n in 0..chains {
         let keys = payload::chain(chain + n, 10);
         let positions = keys.iter().map(|k| PutPosition::of(k.clone(), payload::block(k, 1 << 20))).collect();
         let put = Put { positions, class: Some(Class::Cache), ..Put::default() };
@@ -292,4 +297,69 @@ async fn new_weights_take_the_token_ids_over_and_the_session_begins_anew() {
     let restored = new.sessions().restore("a", &Restore::default(), &call).await.unwrap().finish().await.unwrap();
     assert!(restored.is_whole() && restored.usable_positions == 10, "{restored:?}");
     assert_eq!(new.sessions().tokens_all("a", &call).await.unwrap().ids, token_ids);
+}
+
+/// A session that has ended leaves DRAM before anybody wants its room; it stays on NVMe, and `explain` says what it was worth.
+#[tokio::test]
+async fn a_finished_session_goes_down_early_and_can_be_restored() {
+    let options = Options { arena_bytes: 128 << 20, nvme_bytes: 512 << 20, ..Options::default() };
+    let node = Node::start(options);
+    let client = node.client().await;
+    let ns = super::super::namespace(&client, &formats::any_size(1 << 20)).await;
+    let call = Call::default();
+    filled(&ns, "finished", Class::Durable, 1, 12).await;
+    filled(&ns, "goes on", Class::Durable, 2, 12).await;
+    assert_eq!((in_dram(&ns, "finished").await, in_dram(&ns, "goes on").await), (12, 12));
+    assert_eq!(ns.sessions().hint("finished", &[SessionHint::Finished], &call).await.unwrap(), 12);
+    let until = std::time::Instant::now() + Duration::from_secs(30);
+    while in_dram(&ns, "finished").await > 0 {
+        assert!(std::time::Instant::now() < until, "it stays in DRAM: {}", node.log());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(in_dram(&ns, "goes on").await, 12, "nobody wanted its room");
+    assert_eq!(client.stats(&call).await.unwrap().counters["kvkeep_finished_positions_total"], 12);
+    let explained = ns.explain(&payload::chain(1, 1)[0], &call).await.unwrap();
+    let demoted = explained.history.iter().find(|h| h.what == "demoted").expect("it went down");
+    assert!(demoted.index_value.is_some_and(|worth| worth >= 0.0), "{demoted:?}");
+    assert!(explained.position.and_then(|p| p.index_value).is_some());
+
+    // Restored it is in use again, and stays.
+    let restored = ns.sessions().restore("finished", &Restore::default(), &call).await.unwrap().finish().await.unwrap();
+    assert!(restored.is_whole(), "{restored:?}");
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(in_dram(&ns, "finished").await, 12);
+}
+
+/// Two sessions that are used alike: the one of a high priority stays in DRAM while the other makes room, also after a
+/// restart, until its priority is taken back.
+#[tokio::test]
+async fn of_two_sessions_used_alike_the_one_of_a_low_priority_makes_room() {
+    let options = Options { arena_bytes: 64 << 20, nvme_bytes: 512 << 20, ..Options::default() };
+    let node = Node::start(options);
+    let client = node.client().await;
+    let ns = super::super::namespace(&client, &formats::any_size(1 << 20)).await;
+    let call = Call::default();
+    // The one that is to stay is the older one: by age alone it would go first.
+    filled(&ns, "high", Class::Durable, 1, 8).await;
+    filled(&ns, "low", Class::Durable, 2, 8).await;
+    ns.sessions().hint("high", &[SessionHint::Priority(1)], &call).await.unwrap();
+    ns.sessions().hint("low", &[SessionHint::Priority(-1)], &call).await.unwrap();
+    assert_eq!(ns.sessions().get("low", &call).await.unwrap().priority, -1);
+    let worth = async |chain: u64| {
+        let explained = ns.explain(&payload::chain(chain, 1)[0], &call).await.unwrap();
+        explained.position.and_then(|p| p.index_value).expect("it is here")
+    };
+    let mut round = 100;
+    while in_dram(&ns, "low").await > 0 {
+        pressure_of(&ns, round, 1).await;
+        round += 1;
+        assert!(round < 200, "the session of a low priority never makes room");
+    }
+    assert_eq!(in_dram(&ns, "high").await, 8, "worth {} beside {}", worth(1).await, worth(2).await);
+    // What is appended has the priority of its session.
+    let more = payload::chain(3, 1);
+    super::super::store(&ns, &more, BYTES, Class::Cache).await;
+    let before = worth(3).await;
+    append(&ns, "high", 8, &more).await.unwrap();
+    assert!(worth(3).await > 2.0 * before, "{} beside {before}", worth(3).await);
 }

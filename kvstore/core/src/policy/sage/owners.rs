@@ -8,9 +8,15 @@ use crate::directory::entry::{Entry, EntryId};
 use crate::directory::slab::Slab;
 use crate::words::RequestInfo;
 
-/// A session in one byte: enough to tell most others from it. 0: none.
-fn byte(session: u64) -> u8 {
-    if session == 0 { 0 } else { (session.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 56).max(1) as u8 }
+/// A session in one byte: odd where the engine named it, even and not 0 where it is inferred. Enough to tell most others
+/// from it.
+fn byte(hash: u64, named: bool) -> u8 {
+    let byte = (hash.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 56) as u8;
+    if named { byte | 1 } else { (byte & !1).max(2) }
+}
+
+fn is_inferred(session: u8) -> bool {
+    session.is_multiple_of(2)
 }
 
 /// The request, with a session: its own, or that of the position.
@@ -18,23 +24,28 @@ pub(super) fn named(e: &Entry, info: &RequestInfo) -> RequestInfo {
     RequestInfo { session: if info.session == 0 { u64::from(e.session) } else { info.session }, ..*info }
 }
 
-/// A request uses a position; its count of uses is still that from before.
+/// A request uses a position, or says something of it; its count of uses is still that from before.
 pub(super) fn note(slab: &mut Slab, id: EntryId, info: &RequestInfo, tail: bool) {
-    let session = byte(info.session);
     let e = &mut slab[id];
     let first = e.uses == 0;
-    match (first, session) {
-        (true, 0) => infer(slab, id, tail),
-        (true, _) => e.session = session,
-        // Whoever it is, the position goes on being whose it was.
-        (false, 0) => {}
-        (false, _) if e.session != session => e.set(Entry::SHARED, true),
-        (false, _) => {}
+    if info.session == 0 {
+        // Without a name it goes on being whose it was.
+        if first {
+            infer(slab, id, tail);
+        }
+        return;
+    }
+    let session = byte(info.session, true);
+    // An inferred session gets its name from the first that comes.
+    if first || is_inferred(e.session) {
+        e.session = session;
+    } else if e.session != session {
+        e.set(Entry::SHARED, true);
     }
 }
 
 fn infer(slab: &mut Slab, id: EntryId, tail: bool) {
-    let own = byte(slab[id].digest.as_table_hash());
+    let own = byte(slab[id].digest.as_table_hash(), false);
     let Some(parent) = slab[id].parent.some() else {
         slab[id].session = own;
         return;

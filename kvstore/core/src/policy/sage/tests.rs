@@ -394,6 +394,13 @@ fn a_chain_is_a_session_where_none_is_named_and_a_branch_begins_another() {
     world.request(2, &said(0, Some(Hint::Ends)));
     assert!((0..3).all(|n| ended(&world, n)));
 
+    // It gets a name with the first that comes.
+    for (session, shared) in [(7, false), (7, false), (8, true)] {
+        let id = world.find(2).unwrap();
+        world.sage.hint(&mut world.slab, id, &said(session, None), None, Instant(world.now));
+        assert_eq!(world.slab[id].has(Entry::SHARED), shared);
+    }
+
     // 4, 5, 6 and, behind 5, another one: what both have is shared.
     world.request(6, &said(0, None));
     let parent = world.find(5).unwrap();

@@ -113,6 +113,7 @@ impl Node {
             class: Class::Cache,
             keep: false,
             ttl: None,
+            priority: None,
             parent_key: None,
             token_ids: std::sync::Arc::from([]),
             slot: Some(Slot::new(&self.memory)),

@@ -133,6 +133,11 @@ impl Store {
         if session.pinned.is_some() {
             self.settle_pins(&wish.name).await;
         }
+        if session.priority != 0
+            && let Ok((_, session)) = self.session(caller, &wish.name)
+        {
+            self.tell_priority(&wish.name, &session, wish.from_position).await;
+        }
         Ok(Appended { positions, tokens, repeated })
     }
 

@@ -6,7 +6,7 @@
 //! sweep:   marks of all manifests; a durable block that only sessions keep and that two sweeps found in none is removed
 //! ```
 //! Here: the state and who may see it. Then `machine` (the state machine) -> `append` -> `texts` (token ids) ->
-//! [`manifest`] (what is where) -> [`restore`] -> `pins` -> `due` -> `sweep` (and fsck).
+//! [`manifest`] (what is where) -> [`restore`] -> `pins` -> `priority` -> `due` -> `sweep` (and fsck).
 //!
 //! Block put and get never come here. With one voter what is applied here is all that was ever acknowledged, so reads look
 //! at the state.
@@ -16,6 +16,7 @@ mod due;
 mod machine;
 pub mod manifest;
 mod pins;
+mod priority;
 pub mod restore;
 mod sweep;
 mod texts;
@@ -220,7 +221,11 @@ impl Store {
         if matches!(change, Change::Pinned { .. }) {
             self.settle_pins(name).await;
         }
-        Ok(self.session(caller, name)?.1)
+        let session = self.session(caller, name)?.1;
+        if let Change::Priority(_) = change {
+            self.tell_priority(name, &session, 0).await;
+        }
+        Ok(session)
     }
 
     /// Keeps a session in a tier, or no longer.
@@ -251,10 +256,14 @@ impl Store {
     /// `UnknownNamespace`.
     pub async fn delete_session(self: &Arc<Self>, caller: Caller, name: &SessionName) -> Result<bool> {
         self.views.get(caller.tenant, name.namespace)?;
+        let before = self.sessions.state().read().get(name).cloned();
         let Outcome::Deleted(deleted) = self.sessions.change(&Command::Delete { name: name.clone() }).await? else {
             return Err(odd());
         };
         self.settle_pins(name).await;
+        if let Some(before) = before.filter(|s| s.priority != 0) {
+            self.tell_priority(name, &Session { priority: 0, ..Session::clone(&before) }, 0).await;
+        }
         Ok(deleted)
     }
 

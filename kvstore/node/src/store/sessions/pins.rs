@@ -45,7 +45,8 @@ impl Store {
         pins.insert(name.clone(), (tier, revision.0, manifest));
     }
 
-    async fn each_slice(
+    /// For each of these positions, with the directory locked for a slice at a time.
+    pub(super) async fn each_slice(
         &self,
         digests: impl Iterator<Item = kvkeep_core::Digest>,
         mut each: impl FnMut(&mut kvkeep_core::Directory, &kvkeep_core::Digest),

@@ -131,6 +131,11 @@ impl Store {
         restored.lease = matched.lease.map(|(id, _)| id);
         restored.missing = self.missing(&matching.digests);
         restored.progress.total_bytes = matched.outcome.dram_bytes + matched.outcome.nvme_bytes;
+        if wish.lease.is_none() {
+            // It is used again, whatever was said of it. The deepest first, as a lease does.
+            let deepest_first: Vec<_> = matching.digests[..usable].iter().rev().copied().collect();
+            self.touch(&deepest_first, &wish.info);
+        }
         self.bring_up(caller, handle, &matching.digests[..usable], &wish, &tell, &mut restored).await;
         self.counters.session_restores.one();
         Ok(restored)

@@ -52,6 +52,7 @@ impl Store {
     /// Sweeps now and then, and takes sessions away whose time has come, until the node stops.
     pub(in super::super) async fn keep_sessions(self: Arc<Self>) {
         self.settle_all_pins().await;
+        self.tell_all_priorities().await;
         let every = Duration::from_millis(self.config.sessions.sweep_every_ms);
         let mut next_sweep = tokio::time::Instant::now() + every;
         loop {

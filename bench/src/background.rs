@@ -1,8 +1,9 @@
 //! `background`: what gets of blocks in DRAM feel of the node's work behind the calls.
 //!
 //! One client gets single parts that DRAM has, one after the other, while beside it nothing happens (idle), both tiers are
-//! scrubbed as fast as the node can, another client puts as fast as write-behind takes it, or both. Every round measures
-//! all four, in an order that turns; the figures are medians over rounds.
+//! scrubbed as fast as the node can (scrub), another client puts at a set rate (write-behind), or both. Puts are calls of
+//! their own and take their share of the processors: the same puts to a node without NVMe (puts) tell what of it is theirs.
+//! Every round measures all, in an order that turns; the figures are medians over rounds.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -22,7 +23,7 @@ use crate::block_bytes::{self, Seed};
 use crate::keys::PrefixId;
 use crate::load::any_size_format;
 use crate::measure::{Latencies, load_average, median};
-use crate::node::{DataDir, Recipe};
+use crate::node::{DataDir, Node, Recipe};
 use crate::replay::report::write_json;
 use crate::units::ByteSize;
 
@@ -34,9 +35,22 @@ const PUT_POSITIONS: u64 = 8;
 const BACKGROUND_IDS: u64 = 1 << 32;
 /// Longest wait for a scrub.
 const SCRUB_WAIT: Duration = Duration::from_secs(60);
-/// What runs beside the gets: scrubs, puts.
-const KINDS: [(&str, bool, bool); 4] =
-    [("idle", false, false), ("scrub", true, false), ("write-behind", false, true), ("both", true, true)];
+/// What runs beside the gets.
+struct Kind {
+    name: &'static str,
+    scrubs: bool,
+    puts: bool,
+    /// Whether what is put is written behind.
+    nvme: bool,
+}
+
+const KINDS: [Kind; 5] = [
+    Kind { name: "idle", scrubs: false, puts: false, nvme: true },
+    Kind { name: "scrub", scrubs: true, puts: false, nvme: true },
+    Kind { name: "puts", scrubs: false, puts: true, nvme: false },
+    Kind { name: "write-behind", scrubs: false, puts: true, nvme: true },
+    Kind { name: "both", scrubs: true, puts: true, nvme: true },
+];
 
 /// Flags of `kvkeep-bench background`.
 #[derive(Args, Debug)]
@@ -47,6 +61,9 @@ pub struct BackgroundCommand {
     /// Rounds; at least 5
     #[arg(long, default_value_t = 5)]
     rounds: u32,
+    /// Bytes per second that the other client puts
+    #[arg(long, default_value = "400MB")]
+    put_bytes_per_s: ByteSize,
     /// Milliseconds of one measurement
     #[arg(long, default_value_t = 3000)]
     window_ms: u64,
@@ -114,35 +131,21 @@ pub async fn command(command: BackgroundCommand) -> anyhow::Result<bool> {
     let config = data.path().join("node.toml");
     let text = "[arena]\nscrub_bytes_per_s = 0\n\n[nvme]\nscrub_bytes_per_s = 0\n";
     std::fs::write(&config, text).with_context(|| format!("configuration {}", config.display()))?;
-    let more = [
-        "--config".to_owned(),
-        config.display().to_string(),
-        "--arena-bytes".to_owned(),
-        command.arena_bytes.to_string(),
-        "--nvme-bytes".to_owned(),
-        command.nvme_bytes.to_string(),
-    ];
-    let node = Recipe::kvkeepd(command.kvkeepd.as_deref(), &data, &more)?.start("127.0.0.1:0").await?;
-    let format = any_size_format(command.block_bytes.0);
-    let open = async |endpoint: String| {
-        let client = Client::connect(ClientConfig { lost: Lost::Errors, ..ClientConfig::to(endpoint) }).await?;
-        let namespace = client.register_namespace("background", &format, "generated").await?;
-        anyhow::Ok((client, namespace))
-    };
-    let (_foreground, front) = open(node.endpoint()).await?;
-    let (client, back) = open(node.endpoint()).await?;
-    let len = usize::try_from(command.block_bytes.0)?;
-    put(&front, 0..PARTS, len).await?;
-    let company = Company { client, namespace: back, len, next: Arc::new(AtomicU64::new(BACKGROUND_IDS)) };
+    let common = ["--config", &config.display().to_string(), "--arena-bytes", &command.arena_bytes.to_string()];
+    let nvme = ["--nvme-bytes", &command.nvme_bytes.to_string()];
+    let with = Host::start(&command, &data, &[&common[..], &nvme].concat()).await?;
+    let memory_only = DataDir::open(None)?;
+    let without = Host::start(&command, &memory_only, &[&common[..], &["--no-nvme"]].concat()).await?;
     let mut windows = Vec::new();
     for round in 0..command.rounds {
         for step in 0..KINDS.len() {
             let kind = (step + round as usize) % KINDS.len();
-            let window = measure(&command, &front, &company, round, kind).await?;
+            let host = if KINDS[kind].nvme { &with } else { &without };
+            let window = measure(&command, host, round, kind).await?;
             eprintln!(
                 "background: round {} {}: p50 {:.0} us, p99 {:.0} us, {} gets",
                 round + 1,
-                KINDS[kind].0,
+                KINDS[kind].name,
                 window.p50,
                 window.p99,
                 window.gets
@@ -150,8 +153,8 @@ pub async fn command(command: BackgroundCommand) -> anyhow::Result<bool> {
             windows.push(window);
         }
     }
-    drop(company);
-    node.stop().await?;
+    with.stop().await?;
+    without.stop().await?;
     let report = BackgroundReport {
         schema: "kvkeep.bench.background",
         version: 1,
@@ -186,7 +189,7 @@ fn rows(windows: &[Window]) -> Vec<Row> {
     };
     let sum = |kind: usize, value: fn(&Window) -> u64| windows.iter().filter(|w| w.kind == kind).map(value).sum();
     let (idle50, idle99) = (of(0, |w| w.p50), of(0, |w| w.p99));
-    let row = |(kind, (beside, _, _)): (usize, &(&'static str, bool, bool))| {
+    let row = |(kind, Kind { name: beside, .. }): (usize, &Kind)| {
         let (p50_us, p99_us) = (of(kind, |w| w.p50), of(kind, |w| w.p99));
         Row {
             beside,
@@ -206,12 +209,10 @@ fn rows(windows: &[Window]) -> Vec<Row> {
 /// Gets parts one after the other beside one kind of company.
 async fn measure(
     command: &BackgroundCommand,
-    front: &Namespace,
-    company: &Company,
+    Host { front, company, .. }: &Host,
     round: u32,
     kind: usize,
 ) -> anyhow::Result<Window> {
-    let (_, scrubs, puts) = KINDS[kind];
     // What is leased stays in DRAM while anything else can leave.
     let name = u64::from(round) * KINDS.len() as u64 + kind as u64;
     let call = Call::of(RequestId::new(&name.to_be_bytes()).context("a request id")?);
@@ -223,7 +224,7 @@ async fn measure(
     for item in &items {
         front.get(std::slice::from_ref(item), lease, &call).await.context("get")?;
     }
-    let running = company.start(scrubs, puts);
+    let running = company.start(&KINDS[kind]);
     let mut latencies = Latencies::default();
     let mut elsewhere = 0;
     let began = Instant::now();
@@ -253,11 +254,50 @@ async fn measure(
     })
 }
 
+/// A node, the foreground's namespace on it, and its company.
+struct Host {
+    node: Node,
+    _foreground: Client,
+    front: Namespace,
+    company: Company,
+}
+
+impl Host {
+    /// Starts a node and puts the foreground's parts.
+    async fn start(command: &BackgroundCommand, data: &DataDir, flags: &[&str]) -> anyhow::Result<Self> {
+        let flags: Vec<String> = flags.iter().map(|flag| (*flag).to_owned()).collect();
+        let node = Recipe::kvkeepd(command.kvkeepd.as_deref(), data, &flags)?.start("127.0.0.1:0").await?;
+        let format = any_size_format(command.block_bytes.0);
+        let open = async || {
+            let config = ClientConfig { lost: Lost::Errors, ..ClientConfig::to(node.endpoint()) };
+            let client = Client::connect(config).await?;
+            let namespace = client.register_namespace("background", &format, "generated").await?;
+            anyhow::Ok((client, namespace))
+        };
+        let (foreground, front) = open().await?;
+        let (client, namespace) = open().await?;
+        let len = usize::try_from(command.block_bytes.0)?;
+        put(&front, 0..PARTS, len).await?;
+        let pause =
+            Duration::from_secs_f64((PUT_POSITIONS * command.block_bytes.0) as f64 / command.put_bytes_per_s.0 as f64);
+        let company = Company { client, namespace, len, pause, next: Arc::new(AtomicU64::new(BACKGROUND_IDS)) };
+        Ok(Self { node, _foreground: foreground, front, company })
+    }
+
+    async fn stop(self) -> anyhow::Result<()> {
+        let Self { node, .. } = self;
+        node.stop().await?;
+        Ok(())
+    }
+}
+
 /// What runs beside the gets.
 struct Company {
     client: Client,
     namespace: Namespace,
     len: usize,
+    /// From one put to the next.
+    pause: Duration,
     next: Arc<AtomicU64>,
 }
 
@@ -269,7 +309,7 @@ struct Running {
 }
 
 impl Company {
-    fn start(&self, scrubs: bool, puts: bool) -> Running {
+    fn start(&self, kind: &Kind) -> Running {
         let stop = Arc::new(AtomicBool::new(false));
         let scrub = |tier| {
             let (client, stop) = (self.client.clone(), Arc::clone(&stop));
@@ -283,13 +323,16 @@ impl Company {
                 Ok(bytes)
             })
         };
-        let scrubs = if scrubs { [Tier::Dram, Tier::Nvme].map(scrub).into_iter().collect() } else { Vec::new() };
-        let puts = puts.then(|| {
+        let scrubs = if kind.scrubs { [Tier::Dram, Tier::Nvme].map(scrub).into_iter().collect() } else { Vec::new() };
+        let puts = kind.puts.then(|| {
             let (namespace, next, len) = (self.namespace.clone(), Arc::clone(&self.next), self.len);
             let stop = Arc::clone(&stop);
+            let mut turn = tokio::time::interval(self.pause);
+            turn.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
             tokio::spawn(async move {
                 let mut bytes = 0;
                 while !stop.load(Ordering::Relaxed) {
+                    turn.tick().await;
                     let first = next.fetch_add(PUT_POSITIONS, Ordering::Relaxed);
                     bytes += put(&namespace, first..first + PUT_POSITIONS, len).await? * len as u64;
                 }
@@ -341,7 +384,8 @@ mod tests {
     fn figures_are_medians_of_their_kind_over_those_of_idle() {
         let window =
             |kind, p50: f64| Window { kind, p50, p99: p50 * 2.0, gets: 10, elsewhere: 1, scrubbed: 3.0, put: 4.0 };
-        let windows = [(0, 100.0), (1, 150.0), (0, 120.0), (1, 130.0), (0, 900.0), (1, 140.0), (2, 120.0), (3, 240.0)];
+        let windows =
+            [(0, 100.0), (1, 150.0), (0, 120.0), (1, 130.0), (0, 900.0), (1, 140.0), (2, 120.0), (3, 240.0), (4, 1.0)];
         let rows = rows(&windows.map(|(kind, p50)| window(kind, p50)));
         assert_eq!((rows[0].p50_us, rows[1].p50_us, rows[3].p50_us), (120.0, 140.0, 240.0));
         assert_eq!((rows[3].p50_over_idle, rows[3].p99_over_idle), (2.0, 2.0));

@@ -17,6 +17,8 @@ pub struct Hints {
     pub half: bool,
     /// Share of the requests that are not their session's last and say that they are.
     pub false_ends: f64,
+    /// No request names its session.
+    pub unnamed: bool,
 }
 
 impl FromStr for Hints {
@@ -29,6 +31,7 @@ impl FromStr for Hints {
                 None if word == "none" => {}
                 None if word == "end" => hints.end = true,
                 None if word == "half" => hints.half = true,
+                None if word == "unnamed" => hints.unnamed = true,
                 Some(("due", factor)) => {
                     let factor: f64 = factor.parse().map_err(|_| format!("{word:?}: the factor is a number"))?;
                     if !(1.0..=1000.0).contains(&factor) {
@@ -41,7 +44,11 @@ impl FromStr for Hints {
                     let percent = percent.filter(|p| (0.0..=100.0).contains(p));
                     hints.false_ends = percent.ok_or_else(|| format!("{word:?}: the share is 0% to 100%"))? / 100.0;
                 }
-                _ => return Err(format!("{word:?} is no hint; there are none, end, due:FACTOR, half, false-ends:N%")),
+                _ => {
+                    return Err(format!(
+                        "{word:?} is no hint; there are none, end, due:FACTOR, half, false-ends:N%, unnamed"
+                    ));
+                }
             }
         }
         Ok(hints)
@@ -75,7 +82,7 @@ pub fn give(trace: &mut Prepared, hints: Hints, seed: u64) {
         let session = turn.session as usize;
         let (noise, slip) = (draws.unit(), draws.unit());
         let coming = next[session].replace(turn.at_ms);
-        turn.info.session = u64::from(turn.session) + 1;
+        turn.info.session = if hints.unnamed { 0 } else { u64::from(turn.session) + 1 };
         turn.info.hint = match coming {
             _ if !chosen[session] => None,
             None => hints.end.then_some(Hint::Ends),

@@ -39,14 +39,15 @@ pub struct PolicyCommand {
     /// Trace to replay: JSONL of Mooncake or Qwen-Bailian, plain or zstd
     #[arg(long)]
     pub trace: PathBuf,
-    /// Policies, separated by commas: sage, lru, belady (which knows the future)
+    /// Policies, separated by commas: sage, lru, sage-cost (which is told what prefill costs), belady (which knows the future)
     #[arg(long, value_delimiter = ',', default_value = "sage,lru,belady")]
     pub policies: Vec<Contestant>,
     /// Capacities in % of the trace's unique blocks, separated by commas
     #[arg(long, value_delimiter = ',', default_value = "1,2,5,10,20,50")]
     pub capacities: Vec<f64>,
     /// Hints that requests carry, from the trace's own future: end; due:FACTOR (off by up to that factor, which the policy
-    /// is not told); half (of the sessions); false-ends:N% (of the requests that are not the last say they are)
+    /// is not told); half (of the sessions); false-ends:N% (of the requests that are not the last say they are); unnamed
+    /// (sessions are not named)
     #[arg(long, default_value = "none")]
     pub hints: String,
     /// Seed of the hints' noise
@@ -63,8 +64,13 @@ pub struct PolicyCommand {
 /// Who is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Contestant {
-    /// A policy that a node can run.
-    Policy(PolicyKind),
+    /// A policy that a node can run; `declared`: with a format that says what prefill costs.
+    Policy {
+        /// Which.
+        kind: PolicyKind,
+        /// Told the cost.
+        declared: bool,
+    },
     /// The best in hindsight.
     Belady,
 }
@@ -75,7 +81,11 @@ impl FromStr for Contestant {
     fn from_str(word: &str) -> Result<Self, String> {
         match word {
             "belady" => Ok(Self::Belady),
-            _ => word.parse().map(Self::Policy).map_err(|e| format!("{e}, and belady")),
+            "sage-cost" => Ok(Self::Policy { kind: PolicyKind::Sage, declared: true }),
+            _ => {
+                let kind = word.parse().map_err(|e| format!("{e}, sage-cost and belady"))?;
+                Ok(Self::Policy { kind, declared: false })
+            }
         }
     }
 }
@@ -83,7 +93,7 @@ impl FromStr for Contestant {
 impl fmt::Display for Contestant {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Policy(kind) => kind.fmt(f),
+            Self::Policy { kind, declared } => write!(f, "{kind}{}", if *declared { "-cost" } else { "" }),
             Self::Belady => f.write_str("belady"),
         }
     }
@@ -102,6 +112,9 @@ pub struct Row {
     pub token_hit: f64,
     /// % of Belady's token hits.
     pub share_of_belady: f64,
+    /// % of the prefill time of all requests that the hits save, where a token costs twice as much behind 32,768 others
+    /// (not known of Belady).
+    pub prefill_saved: Option<f64>,
     /// What the replay took, seconds.
     pub seconds: f64,
 }
@@ -134,12 +147,17 @@ pub async fn command(command: PolicyCommand) -> anyhow::Result<bool> {
     );
     for row in &report.rows {
         eprintln!(
-            "{:>8} {:>5} %  token hit {:>5.1} %  {:>5.1} % of belady  {:.1} s",
-            row.policy, row.capacity_pct, row.token_hit, row.share_of_belady, row.seconds
+            "{:>9} {:>5} %  token hit {:>5.1} %  {:>5.1} % of belady  prefill saved {}  {:.1} s",
+            row.policy,
+            row.capacity_pct,
+            row.token_hit,
+            row.share_of_belady,
+            row.prefill_saved.map_or_else(|| "    ? %".to_owned(), |saved| format!("{saved:>5.1} %")),
+            row.seconds
         );
     }
     for (policy, m) in &report.score {
-        eprintln!("{policy:>8} M {m:.2}");
+        eprintln!("{policy:>9} M {m:.2}");
     }
     write_json(&report, json.as_deref())?;
     Ok(true)
@@ -170,18 +188,20 @@ pub fn measure(command: &PolicyCommand) -> anyhow::Result<PolicyReport> {
             (hits, begun.elapsed())
         })
         .collect();
+    let prefill_us = replay::prefill_us(&trace);
     let mut rows = Vec::new();
     let mut score = BTreeMap::new();
     for contestant in &command.policies {
         let mut scored = Vec::new();
         for (percent, (best, best_took)) in command.capacities.iter().zip(&best) {
             let begun = Instant::now();
-            let (hits, took) = match contestant {
-                Contestant::Belady => (*best, *best_took),
-                Contestant::Policy(kind) => {
-                    let tick = &mut progress.next(kind.word(), *percent);
-                    let hits = replay::replay(&trace, *kind, blocks(*percent), tick).map_err(anyhow::Error::msg)?;
-                    (hits, begun.elapsed())
+            let (hits, saved_us, took) = match contestant {
+                Contestant::Belady => (*best, None, *best_took),
+                Contestant::Policy { kind, declared } => {
+                    let tick = &mut progress.next(&contestant.to_string(), *percent);
+                    let hits = replay::replay(&trace, *kind, *declared, blocks(*percent), tick);
+                    let hits = hits.map_err(anyhow::Error::msg)?;
+                    (hits.tokens, Some(hits.saved_us), begun.elapsed())
                 }
             };
             let share = if *best == 0 { 100.0 } else { hits as f64 / *best as f64 * 100.0 };
@@ -194,6 +214,7 @@ pub fn measure(command: &PolicyCommand) -> anyhow::Result<PolicyReport> {
                 capacity_blocks: blocks(*percent),
                 token_hit: hits as f64 / trace.input_tokens.max(1) as f64 * 100.0,
                 share_of_belady: share,
+                prefill_saved: saved_us.map(|us| us as f64 / prefill_us.max(1) as f64 * 100.0),
                 seconds: took.as_secs_f64(),
             });
         }

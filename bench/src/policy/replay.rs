@@ -14,8 +14,12 @@ use kvkeep_core::{
 };
 
 const HANDLE: Handle = Handle { namespace: NamespaceId(1), revision: Revision(1) };
-/// Bytes that a block counts as: any number does, all blocks are alike.
-const BLOCK_BYTES: u32 = 4096;
+/// Bytes of one token: those of a model of 8 billion parameters. Any number does, all blocks are alike.
+const TOKEN_BYTES: u32 = 131_072;
+/// What its prefill takes on one GPU, microseconds a token at the start of a prompt.
+const PREFILL_US: u32 = 64;
+/// Context at which a token takes twice that.
+const PREFILL_DOUBLES_AT: u32 = 32_768;
 
 /// One request of a prepared trace.
 #[derive(Clone, Debug)]
@@ -92,20 +96,38 @@ impl Prepared {
     }
 }
 
-/// Replays through a directory that may hold `capacity` blocks. Answers the tokens that were hits.
+/// What a replay came to, of all requests together.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Hits {
+    /// Input tokens that were hits.
+    pub tokens: u64,
+    /// Prefill time that they save, by the declared cost.
+    pub saved_us: u64,
+}
+
+/// Replays through a directory that may hold `capacity` blocks; `declared`: the policy is told what prefill costs.
 ///
 /// # Errors
 /// The directory refused a block, or had no victim: a fault of one of the two.
-pub fn replay(trace: &Prepared, kind: PolicyKind, capacity: usize, tick: &mut dyn FnMut()) -> Result<u64, String> {
-    let format = format(trace.tokens_per_block);
+pub fn replay(
+    trace: &Prepared,
+    kind: PolicyKind,
+    declared: bool,
+    capacity: usize,
+    tick: &mut dyn FnMut(),
+) -> Result<Hits, String> {
+    let costly = declaring(trace.tokens_per_block);
+    let format = if declared { costly.clone() } else { format(trace.tokens_per_block) };
     let mut directory = Directory::new(DirectoryLimits::default(), kind);
-    let mut meta = meta();
-    let (mut resident, mut hit_tokens) = (0, 0);
+    let mut meta = meta(trace.tokens_per_block);
+    let (mut resident, mut all) = (0, Hits::default());
     for turn in &trace.turns {
         let now = Instant(turn.at_ms);
         let here = |block: &u32| directory.locate(&trace.digests[*block as usize], GroupId(0), ShardId(0)).is_some();
         let hits = turn.blocks.iter().take_while(|block| here(block)).count();
-        hit_tokens += trace.tokens(turn, hits);
+        let tokens = trace.tokens(turn, hits);
+        all.tokens += tokens;
+        all.saved_us += costly.prefill_us(tokens);
         // The deepest first, as a lease does.
         for block in turn.blocks[..hits].iter().rev() {
             directory.access(&trace.digests[*block as usize], &turn.info, now);
@@ -129,7 +151,20 @@ pub fn replay(trace: &Prepared, kind: PolicyKind, capacity: usize, tick: &mut dy
         }
         tick();
     }
-    Ok(hit_tokens)
+    Ok(all)
+}
+
+/// Prefill time of all requests without a hit, by the declared cost.
+#[must_use]
+pub fn prefill_us(trace: &Prepared) -> u64 {
+    let costly = declaring(trace.tokens_per_block);
+    trace.turns.iter().map(|turn| costly.prefill_us(u64::from(turn.info.input_tokens))).sum()
+}
+
+/// The format of a replay with a declared cost.
+fn declaring(tokens_per_block: u32) -> Format {
+    let cost = (PREFILL_US, PREFILL_DOUBLES_AT);
+    Format { prefill_us_per_token: cost.0, prefill_doubles_at_tokens: cost.1, ..format(tokens_per_block) }
 }
 
 /// The format that a trace is replayed under.
@@ -147,7 +182,7 @@ pub(crate) fn format(tokens_per_block: u32) -> Format {
             tokens_per_block,
             shards: 1,
             replicated: false,
-            size: SizeRule::Exact(u64::from(BLOCK_BYTES)),
+            size: SizeRule::Exact(u64::from(TOKEN_BYTES * tokens_per_block)),
         }],
         prefill_us_per_token: 0,
         prefill_doubles_at_tokens: 0,
@@ -155,7 +190,7 @@ pub(crate) fn format(tokens_per_block: u32) -> Format {
 }
 
 /// What all blocks of a replay have in common.
-pub(crate) fn meta() -> BlockMeta {
+pub(crate) fn meta(tokens_per_block: u32) -> BlockMeta {
     BlockMeta {
         id: BlockId {
             digest: DigestKey::from_bytes([0; 16]).digest(KeyDomain(0), HANDLE, b""),
@@ -171,7 +206,7 @@ pub(crate) fn meta() -> BlockMeta {
         fidelity: Fidelity::Exact,
         position: 0,
         parent: None,
-        len: BLOCK_BYTES,
+        len: TOKEN_BYTES * tokens_per_block,
         sums: ChunkSums::default(),
     }
 }

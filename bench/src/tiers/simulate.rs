@@ -26,7 +26,7 @@ pub struct Blocks {
 pub fn simulate(trace: &Prepared, kind: PolicyKind, room: Blocks, tick: &mut dyn FnMut()) -> Result<Found, String> {
     let format = format(trace.tokens_per_block);
     let mut directory = Directory::new(DirectoryLimits::default(), kind);
-    let mut meta = meta();
+    let mut meta = meta(trace.tokens_per_block);
     let mut held = Blocks { dram: 0, nvme: 0 };
     let mut found = Found::default();
     for turn in &trace.turns {
@@ -143,7 +143,7 @@ mod tests {
             (n * 1_000, session, info, (0..5).map(|i| session * 10 + i).collect())
         });
         let trace = Prepared::new(512, turns);
-        let alone = |blocks| replay::replay(&trace, PolicyKind::Lru, blocks, &mut || {}).unwrap();
+        let alone = |blocks| replay::replay(&trace, PolicyKind::Lru, false, blocks, &mut || {}).unwrap().tokens;
         let both = simulate(&trace, PolicyKind::Lru, Blocks { dram: 40, nvme: 100 }, &mut || {}).unwrap();
         assert_eq!((both.dram_tokens, both.tokens()), (alone(40), alone(100)));
     }

@@ -214,7 +214,7 @@ impl Store {
             let Some(part) = self.arena.pin(*slot) else { continue };
             bytes += part.len() as u64;
             self.counters.scrubbed_copies.one();
-            if self.arena.verify(*slot) == Some(false) {
+            if self.arena.verify(*slot, std::thread::yield_now) == Some(false) {
                 self.counters.corrupt_copies.one();
                 let meta = part.meta();
                 tracing::error!(block = ?meta.as_ref().map(|m| m.id), "scrub: a DRAM copy failed its check: quarantined");

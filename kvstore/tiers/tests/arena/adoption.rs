@@ -251,7 +251,7 @@ fn memory_that_turned_bad_is_found_and_never_used_again() {
             edit(&path).write_all_at(&[all[at + 69_999] ^ 1], at as u64 + 69_999).unwrap();
         }
     }
-    assert_eq!(arena.verify(slot), Some(false));
+    assert_eq!(arena.verify(slot, || {}), Some(false));
     let held = arena.pin(slot).unwrap();
     let place = held.as_ptr();
     assert!(arena.quarantine(slot));

@@ -148,7 +148,7 @@ impl Model {
                 let slot = self.stale[i % self.stale.len()];
                 assert!(arena.pin(slot).is_none());
                 assert!(!arena.free(slot) && !arena.quarantine(slot));
-                assert_eq!(arena.verify(slot), None);
+                assert_eq!(arena.verify(slot, || {}), None);
             }
             Op::Reclaim { tenant, len } => {
                 for (slot, id) in arena.reclaim_candidates(TenantId(tenant), len as u32) {

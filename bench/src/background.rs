@@ -62,7 +62,7 @@ pub struct BackgroundCommand {
     #[arg(long, default_value_t = 5)]
     rounds: u32,
     /// Bytes per second that the other client puts
-    #[arg(long, default_value = "400MB")]
+    #[arg(long, default_value = "384MiB")]
     put_bytes_per_s: ByteSize,
     /// Milliseconds of one measurement
     #[arg(long, default_value_t = 3000)]

@@ -235,6 +235,9 @@ async fn a_session_larger_than_dram_is_restored_as_far_as_there_is_room_and_that
     assert!(restored.late && !restored.is_whole(), "{restored:?}");
     assert!(restored.progress.positions < POSITIONS && restored.missing.is_empty(), "{restored:?}");
     assert_eq!(restored.usable_positions, POSITIONS, "all of it is here, on NVMe");
+    let manifest = ns.sessions().manifest_all("a", &Call::default()).await.unwrap();
+    let head = manifest.iter().take_while(|p| p.tier == Some(Tier::Dram)).count() as u64;
+    assert!(head > POSITIONS / 3, "its head is in DRAM, {head} of {}", restored.progress.positions);
     assert_eq!(found(&ns, &keys, 1 << 20).await, POSITIONS as usize);
 }
 

@@ -175,17 +175,26 @@ impl Store {
     ) {
         let (positions, bytes) = (AtomicU64::new(0), AtomicU64::new(0));
         let stopped = Arc::new(AtomicBool::new(false));
+        // What does not fit beside what is kept free would push the head out again: an engine begins with the head.
+        let room = self.arena.usage().capacity_bytes / 100 * u64::from(100 - self.config.arena.high_watermark_percent);
+        let wanted = Arc::new(AtomicU64::new(0));
         let largest = digests.first().map_or(1, |d| self.located(d).iter().map(|(_, l)| u64::from(l.len)).sum());
         let at_a_time = (READ_BYTES_MAX / largest.max(1)).clamp(2, READS_MAX as u64) as usize;
         let mut reads = stream::iter(digests.to_vec())
             .map(|digest| {
-                let (store, stopped) = (Arc::clone(self), Arc::clone(&stopped));
+                let (store, stopped, wanted) = (Arc::clone(self), Arc::clone(&stopped), Arc::clone(&wanted));
                 async move {
                     if stopped.load(Ordering::Relaxed) {
                         return None;
                     }
                     let mut up = 0;
-                    for (id, found) in store.located(&digest) {
+                    let parts = store.located(&digest);
+                    let bytes = parts.iter().map(|(_, found)| u64::from(found.len)).sum();
+                    if wanted.fetch_add(bytes, Ordering::Relaxed) + bytes > room {
+                        stopped.store(true, Ordering::Relaxed);
+                        return None;
+                    }
+                    for (id, found) in parts {
                         if !store.bring_up_part(caller, handle, id, &found).await {
                             // Without room, or with a bad copy, what comes behind it is of no use.
                             stopped.store(true, Ordering::Relaxed);

@@ -220,7 +220,7 @@ impl Verbs {
                     continue;
                 }
                 Some(What::Priority(priority)) => {
-                    self.store.set_session(call.caller, &name, Change::Priority(priority)).await?;
+                    positions = self.store.prioritize_session(call.caller, &name, priority).await?;
                     continue;
                 }
                 Some(What::Paused(false)) | None => continue,

@@ -345,7 +345,7 @@ async fn of_two_sessions_used_alike_the_one_of_a_low_priority_makes_room() {
     // The one that is to stay is the older one: by age alone it would go first.
     filled(&ns, "high", Class::Durable, 1, 8).await;
     filled(&ns, "low", Class::Durable, 2, 8).await;
-    ns.sessions().hint("high", &[SessionHint::Priority(1)], &call).await.unwrap();
+    assert_eq!(ns.sessions().hint("high", &[SessionHint::Priority(1)], &call).await.unwrap(), 8);
     ns.sessions().hint("low", &[SessionHint::Priority(-1)], &call).await.unwrap();
     assert_eq!(ns.sessions().get("low", &call).await.unwrap().priority, -1);
     let worth = async |chain: u64| {

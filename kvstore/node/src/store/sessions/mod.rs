@@ -221,11 +221,21 @@ impl Store {
         if matches!(change, Change::Pinned { .. }) {
             self.settle_pins(name).await;
         }
-        let session = self.session(caller, name)?.1;
-        if let Change::Priority(_) = change {
-            self.tell_priority(name, &session, 0).await;
-        }
-        Ok(session)
+        Ok(self.session(caller, name)?.1)
+    }
+
+    /// Says how much a session counts to the policy; how many of its positions are here to be told of.
+    ///
+    /// # Errors
+    /// `UnknownSession`.
+    pub async fn prioritize_session(
+        self: &Arc<Self>,
+        caller: Caller,
+        name: &SessionName,
+        priority: i32,
+    ) -> Result<u64> {
+        let session = self.set_session(caller, name, Change::Priority(priority)).await?;
+        Ok(self.tell_priority(name, &session, 0).await)
     }
 
     /// Keeps a session in a tier, or no longer.

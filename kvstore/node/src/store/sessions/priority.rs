@@ -10,18 +10,20 @@ use kvkeep_core::words::Priority;
 use super::super::Store;
 
 impl Store {
-    /// Tells the policy the priority of a session's positions from `first` on.
-    pub async fn tell_priority(&self, name: &SessionName, session: &Session, first: u64) {
+    /// Tells the policy the priority of a session's positions from `first` on; how many of them are here.
+    pub async fn tell_priority(&self, name: &SessionName, session: &Session, first: u64) -> u64 {
         let info = RequestInfo {
             session: kvkeep_client::convert::session_number(name.id.as_str()),
             priority: Some(Priority::of_number(session.priority)),
             ..RequestInfo::default()
         };
         let now = self.clock.policy();
+        let mut told = 0;
         self.each_slice(session.manifest.from(first), |directory, digest| {
-            directory.hint(digest, &info, now);
+            told += u64::from(directory.hint(digest, &info, now));
         })
         .await;
+        told
     }
 
     /// Tells it of every session that has one, after a start.

@@ -123,6 +123,15 @@ impl ClientConfig {
         self.patience.max(Duration::from_millis(500))
     }
 
+    /// Whether a client can be made with it.
+    ///
+    /// # Errors
+    /// `config`: what is wrong with it.
+    pub fn check(&self) -> Result<()> {
+        self.validate()?;
+        self.target().map(|_| ())
+    }
+
     pub(crate) fn validate(&self) -> Result<()> {
         if self.connections == 0 || self.connections > CONNECTIONS_MAX {
             return Err(Error::config("a client has 1 to 64 connections").with("connections", self.connections));

@@ -77,5 +77,5 @@ pub use namespace::{Lease, Namespace};
 pub use put::{PartOutcome, Put, PutPart, PutPosition};
 pub use region::geometry::Geometry;
 pub use region::mapped::{MappedBlock, MappedMatch, MappedPart};
-pub use region::{Place, Region};
+pub use region::{Keeper, Place, Region};
 pub use sessions::{OpenSession, SessionInfo, Sessions};

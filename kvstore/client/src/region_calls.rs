@@ -41,7 +41,8 @@ impl From<Error> for Ended {
 
 impl Namespace {
     /// Reads parts into regions, one place per item. On the Unix socket the server copies each block straight into its place (or
-    /// has the disk do it); on the other ways the bytes land there from the socket. A part that does not fit its place is a
+    /// has the disk do it); on the other ways, and where a region [cannot be shared](Region::lent), the bytes land there from the
+    /// socket. A part that does not fit its place is a
     /// miss with reason `format`. A lost server is all misses, unless [`crate::config::Lost::Errors`] is configured.
     ///
     /// # Errors
@@ -63,12 +64,13 @@ impl Namespace {
             .into());
         }
         let shared = &self.client.shared;
+        let all_shared = places.iter().all(Place::is_shared);
         let mut tries = shared.begin(call);
         let mut got: Vec<GotInto> = Vec::with_capacity(items.len());
         while got.len() < items.len() {
             let rest = got.len()..items.len();
             match shared.hot_line().await {
-                Ok(Line::Block(lent)) if lent.may_register() => {
+                Ok(Line::Block(lent)) if all_shared && lent.may_register() => {
                     let batch = self.batch_of(&places[rest.clone()]);
                     let batch = rest.start..rest.start + batch;
                     let items = &items[batch.clone()];
@@ -232,13 +234,14 @@ impl Namespace {
     pub async fn put_from(&self, put: &Put<Place>, call: &Call) -> Result<Vec<PartOutcome>> {
         let shared = &self.client.shared;
         let parts = put.positions.iter().map(|p| p.parts.len()).sum();
+        let all_shared = put.positions.iter().flat_map(|p| &p.parts).all(|p| p.data.is_shared());
         let mut tries = shared.begin(call);
         let mut outcomes = Vec::with_capacity(parts);
         let mut leases = Vec::new();
         let mut done = 0;
         while done < put.positions.len() {
             let step = match shared.hot_line().await {
-                Ok(Line::Block(lent)) if lent.may_register() => {
+                Ok(Line::Block(lent)) if all_shared && lent.may_register() => {
                     self.put_from_once(lent, put, done, &tries, call, &mut leases).await
                 }
                 Ok(line) => {
@@ -418,6 +421,28 @@ impl Client {
                 return false;
             }
             tokio::time::sleep(SETTLE_POLL.min(within)).await;
+        }
+    }
+
+    /// Tells the server of a region now, so that the first call that names it need not; whether it was told. `false`: the way that
+    /// calls go takes no regions, or nobody can be given this one.
+    ///
+    /// # Errors
+    /// Where the server is lost.
+    pub async fn register(&self, region: &Region) -> Result<bool> {
+        let shared = &self.shared;
+        match shared.hot_line().await? {
+            Line::Block(mut lent) if region.is_shared() && lent.may_register() => {
+                let used = lent.conn().used;
+                let (instance, patience) = (shared.config.instance, shared.config.registration_patience());
+                let answer = region.id(lent.conn(), instance, patience).await;
+                shared.block_answered(lent, used, answer).map(|_| true).map_err(Asked::into_error)
+            }
+            Line::Block(lent) => {
+                lent.give_back();
+                Ok(false)
+            }
+            Line::Grpc => Ok(false),
         }
     }
 

@@ -45,7 +45,7 @@
 //!
 //! The map: [`config`](EngineConfig) -> `life` (what a process has: thread, client, queues) -> `jobs` (the way to the thread
 //! and back) -> `contact` (is the server there?) -> `io` (the verbs on the thread) -> `calls` and `submit` (the verbs of
-//! callers), `queue`, `losses` (errors made into misses), `describe`.
+//! callers), `queue`, `losses` (errors made into misses), `others` (sessions, and whatever else is no hot verb), `describe`.
 
 mod calls;
 mod config;
@@ -55,6 +55,7 @@ mod io;
 mod jobs;
 mod life;
 mod losses;
+mod others;
 mod queue;
 mod submit;
 #[cfg(test)]

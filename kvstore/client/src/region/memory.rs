@@ -1,9 +1,11 @@
 //! Shared memory of this process, and every line of `unsafe` that it needs.
 //!
 //! What makes it sound: a mapping lives as long as its [`Memory`]; its file cannot shrink under it (sealed where we made it,
-//! by the promise of whoever brought it otherwise); ranges are checked before a pointer is made; and no reference to the
-//! bytes is handed out, but for [`Memory::slice_mut`], whose caller promises to be alone.
+//! by the promise of whoever brought it otherwise); memory that somebody else has lives as long as its keeper, by the promise
+//! of whoever lent it; ranges are checked before a pointer is made; and no reference to the bytes is handed out, but for
+//! [`Memory::slice_mut`], whose caller promises to be alone.
 
+use std::any::Any;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -18,16 +20,26 @@ use crate::process;
 /// The kernel populates in steps: it holds the lock of the address space meanwhile.
 const POPULATE_STEP_BYTES: usize = 64 << 20;
 
-/// One mapping of a file.
+/// Keeps memory of somebody else where it is, as long as it lives. Dropped by whichever thread is the last to need the memory.
+pub type Keeper = Box<dyn Any + Send + Sync>;
+
+/// Memory that blocks go to and come from.
 #[derive(Debug)]
 pub(crate) struct Memory {
     base: NonNull<u8>,
     len: usize,
-    descriptor: OwnedFd,
-    /// Of the mapping in the file.
-    start: u64,
+    backing: Backing,
     /// The process whose mapping it is, where its children do not have it.
     only_of: Option<u64>,
+}
+
+/// Where the memory comes from.
+#[derive(Debug)]
+enum Backing {
+    /// Our mapping of a file, from `start` on.
+    File { descriptor: OwnedFd, start: u64 },
+    /// Memory of this process, lent.
+    Lent { _keeper: Keeper },
 }
 
 // SAFETY: shared memory reached only as the module's text says.
@@ -60,7 +72,7 @@ impl Memory {
         // SAFETY: a fresh mapping at an address the kernel chooses touches nobody's memory; the range lies in the file.
         let at = unsafe { rustix::mm::mmap(std::ptr::null_mut(), bytes, prot, MapFlags::SHARED, &descriptor, start)? };
         let base = NonNull::new(at.cast()).ok_or_else(|| io::Error::other("mmap returned address 0"))?;
-        let memory = Self { base, len: bytes, descriptor, start, only_of: None };
+        let memory = Self { base, len: bytes, backing: Backing::File { descriptor, start }, only_of: None };
         let advice = if writable { Advice::LinuxPopulateWrite } else { Advice::LinuxPopulateRead };
         let mut at = 0;
         while at < bytes {
@@ -73,6 +85,15 @@ impl Memory {
             at += step;
         }
         Ok(memory)
+    }
+
+    /// Memory of this process. A forked child has its own copy of it.
+    ///
+    /// # Safety
+    /// It is there, readable and writable, as long as the keeper lives, and nobody has references to it but by the rules of
+    /// [`crate::region`].
+    pub(crate) unsafe fn lent(base: NonNull<u8>, len: usize, keeper: Keeper) -> Self {
+        Self { base, len, backing: Backing::Lent { _keeper: keeper }, only_of: None }
     }
 
     /// Keeps the mapping out of child processes: one that inherits it could read it behind the server's back.
@@ -96,12 +117,12 @@ impl Memory {
         self.base.as_ptr()
     }
 
-    pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
-        self.descriptor.as_fd()
-    }
-
-    pub(crate) fn start(&self) -> u64 {
-        self.start
+    /// What another process is given, and where in it this begins; `None`: nobody else can have it.
+    pub(crate) fn file(&self) -> Option<(BorrowedFd<'_>, u64)> {
+        match &self.backing {
+            Backing::File { descriptor, start } => Some((descriptor.as_fd(), *start)),
+            Backing::Lent { .. } => None,
+        }
     }
 
     /// # Panics
@@ -158,8 +179,8 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        if !self.is_here() {
-            return; // a forked child: what lies at these addresses there, if anything, is somebody else's
+        if !self.is_here() || self.file().is_none() {
+            return; // a forked child: what lies at these addresses there, if anything, is somebody else's; or it was only lent
         }
         // SAFETY: mapped by `map` with this address and length, in this process, and everything that points into it borrows
         // `self`.

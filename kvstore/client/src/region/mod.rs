@@ -10,7 +10,8 @@
 //! is a miss and [`GotInto::in_doubt`](crate::get::GotInto::in_doubt) says so; its bytes may still change until
 //! [`Client::settle`](crate::Client::settle) says that they cannot.
 //!
-//! Over the block port and gRPC the same calls work, with the bytes on the wire and landing in the region.
+//! Over the block port and gRPC the same calls work, with the bytes on the wire and landing in the region. So they do for memory
+//! that no other process can be given ([`Region::lent`]), on every way.
 //!
 //! `memory` has the mapping and all `unsafe`, [`geometry`] makes places out of block ids, [`mapped`] is the other way round:
 //! the server's memory, read in place.
@@ -23,6 +24,7 @@ pub(crate) mod words;
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use bytes::{Bytes, BytesMut};
@@ -35,6 +37,8 @@ use crate::block::conn::Conn;
 use crate::error::{Error, Result};
 use crate::process::PerProcess;
 use memory::Memory;
+
+pub use memory::Keeper;
 
 /// Nothing that is locked here is left half done by a panic.
 fn alone<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -130,6 +134,22 @@ impl Region {
                 .caused_by(e)
         })?;
         Self::from_descriptor(opened, offset, bytes)
+    }
+
+    /// Memory of this process that no server can be given: anonymous, on a heap. A call that names it in one of its places has
+    /// all its bytes travel, and land here from the socket: a copy more. `keeper` is dropped when nothing needs the memory any
+    /// more, by whichever thread that is.
+    ///
+    /// # Safety
+    /// The memory is there, readable and writable (or never given to a get), as long as `keeper` lives.
+    pub unsafe fn lent(base: NonNull<u8>, bytes: usize, keeper: Keeper) -> Self {
+        // SAFETY: the caller's promise; places are made by the rules of this module.
+        Self::of(unsafe { Memory::lent(base, bytes, keeper) })
+    }
+
+    /// Whether a server can be given it: see [`Self::lent`].
+    pub fn is_shared(&self) -> bool {
+        self.0.memory.file().is_some()
     }
 
     /// Bytes.
@@ -229,11 +249,12 @@ impl Region {
             return Ok(id);
         }
         let memory = &self.0.memory;
-        let wish = v1::RegisterRegionRequest { offset: memory.start(), length: memory.len() as u64 };
+        let (descriptor, start) = memory.file().ok_or_else(|| Error::invalid("memory that was lent is no server's"))?;
+        let wish = v1::RegisterRegionRequest { offset: start, length: memory.len() as u64 };
         let call = conn.next_call();
         let frame =
             v1::Envelope { call, end: true, message: Some(Message::RegisterRegion(wish)), ..Default::default() };
-        conn.send(VERB, frame, &[], Some(memory.descriptor()), patience).await?;
+        conn.send(VERB, frame, &[], Some(descriptor), patience).await?;
         let Message::RegisterRegionReply(reply) = conn.answer(VERB, call, patience).await? else {
             return Err(Error::protocol("a registration was answered with something else"));
         };
@@ -273,6 +294,11 @@ impl Place {
     /// Never: a place has at least one byte.
     pub fn is_empty(&self) -> bool {
         self.bytes == 0
+    }
+
+    /// Whether a server can be given all of it: see [`Region::lent`].
+    pub fn is_shared(&self) -> bool {
+        self.regions().all(Region::is_shared)
     }
 
     /// How many runs it has.

@@ -71,15 +71,20 @@ impl Sessions {
 
     /// All token ids and content; with `damaged`, those in front of the damage.
     pub async fn tokens_all(&self, id: &str, call: &Call) -> Result<Tokens> {
+        self.tokens_from(id, 0, call).await
+    }
+
+    /// The same from the token `first` on.
+    pub async fn tokens_from(&self, id: &str, first: u64, call: &Call) -> Result<Tokens> {
         let mut all = Tokens::default();
         loop {
-            let page = self.tokens(id, all.ids.len() as u64, 0, call).await?;
+            let page = self.tokens(id, first + all.ids.len() as u64, 0, call).await?;
             let got = page.ids.len();
             all.ids.extend(page.ids);
             all.content.extend(page.content);
             all.total = page.total;
             all.damaged = page.damaged;
-            if all.damaged || all.ids.len() as u64 >= all.total {
+            if all.damaged || first + all.ids.len() as u64 >= all.total {
                 return Ok(all);
             }
             if got == 0 {

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicPtr, Ordering};
 use pyo3::buffer::PyUntypedBuffer;
 use pyo3::exceptions::PyBufferError;
 use pyo3::prelude::*;
+use pyo3::types::PyMemoryView;
 
 /// One object's buffer. Contiguous, of at least one byte.
 pub(crate) struct Held(Option<Box<Node>>);
@@ -28,7 +29,9 @@ impl Held {
     /// # Errors
     /// `BufferError` or `TypeError` where the object has no contiguous buffer.
     pub(crate) fn of(object: &Bound<'_, PyAny>) -> PyResult<Self> {
-        let buffer = PyUntypedBuffer::get(object)?;
+        // Some (arrays of ctypes) leave out what a memoryview of them fills in.
+        let buffer = PyUntypedBuffer::get(object)
+            .or_else(|_| PyUntypedBuffer::get(PyMemoryView::from(object)?.as_any()))?;
         if !buffer.is_c_contiguous() || buffer.len_bytes() == 0 {
             return Err(PyBufferError::new_err(
                 "a place is contiguous memory of at least one byte; use Place for strides",

@@ -30,8 +30,8 @@ impl Held {
     /// `BufferError` or `TypeError` where the object has no contiguous buffer.
     pub(crate) fn of(object: &Bound<'_, PyAny>) -> PyResult<Self> {
         // Some (arrays of ctypes) leave out what a memoryview of them fills in.
-        let buffer = PyUntypedBuffer::get(object)
-            .or_else(|_| PyUntypedBuffer::get(PyMemoryView::from(object)?.as_any()))?;
+        let buffer =
+            PyUntypedBuffer::get(object).or_else(|_| PyUntypedBuffer::get(PyMemoryView::from(object)?.as_any()))?;
         if !buffer.is_c_contiguous() || buffer.len_bytes() == 0 {
             return Err(PyBufferError::new_err(
                 "a place is contiguous memory of at least one byte; use Place for strides",

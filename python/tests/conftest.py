@@ -85,8 +85,14 @@ class Server:
                 return
         pytest.fail(f"kvkeepd did not start:\n{(self.folder / 'log').read_text()[-4000:]}")
 
-    def send(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
+    def stop(self) -> None:
+        """Returns when each of its threads stands still."""
+        self.process.send_signal(signal.SIGSTOP)
+        tasks = Path(f"/proc/{self.process.pid}/task")
+        eventually(lambda: all(") T" in (task / "stat").read_text() for task in tasks.iterdir()))
+
+    def go_on(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         self.process.kill()

@@ -1,6 +1,7 @@
 """A store must never be worse than no store: a server that is lost is misses, soon, and never an exception."""
 
-import signal
+import fcntl
+import tempfile
 import time
 
 import pytest
@@ -57,7 +58,7 @@ def test_a_server_that_is_lost_is_misses_and_hits_again_when_it_is_back(own, how
         if how == "killed":
             own.kill()
         else:
-            own.send(signal.SIGSTOP)
+            own.stop()
         every_verb_misses(ns, keys)
         assert ns.describe()["standing"] == "lost" and ns.describe()["why"]
         with pytest.raises(kvkeep.Error) as error:
@@ -66,7 +67,7 @@ def test_a_server_that_is_lost_is_misses_and_hits_again_when_it_is_back(own, how
         if how == "killed":
             own.start()
         else:
-            own.send(signal.SIGCONT)
+            own.go_on()
         eventually(lambda: hits(ns, keys, written))
         assert ns.counters()["lost"] > 0
 
@@ -102,15 +103,14 @@ def test_a_deadline_is_kept(server):
         assert time.monotonic() - began < 0.15 + SLACK
 
 
-def test_a_local_endpoint_needs_nothing_started(tmp_path_factory):
-    import tempfile
-
-    folder = tempfile.mkdtemp(prefix="kvk-")
-    client = kvkeep.Client(f"local:{folder}?dram=64MiB&nvme=off&idle=1")
-    keys, written = chain(2), blocks(2)
-    for _ in range(2):
-        with client.namespace("n", layout(), "w") as ns:
-            assert ns.ready(60), ns.describe()["text"]
-            if _ == 0:
-                assert ns.put_from(keys, written).all_kept
-            assert hits(ns, keys, written)
+def test_a_local_endpoint_needs_nothing_started():
+    with tempfile.TemporaryDirectory(prefix="kvk-") as folder:
+        client = kvkeep.Client(f"local:{folder}?dram=64MiB&nvme=64MiB&idle=1", patience=5.0)
+        keys, written = chain(2), blocks(2)
+        with client.namespace("n", layout(), "w") as first, client.namespace("n", layout(), "w") as second:
+            assert first.ready(60), first.describe()["text"]
+            assert first.put_from(keys, written).all_kept and hits(first, keys, written)
+            assert second.ready(60) and hits(second, keys, written), "two namespaces, one server"
+        # Nobody is connected any more: it ends, and gives the folder back.
+        with open(f"{folder}/lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)

@@ -106,9 +106,12 @@ class Format:
         cp: int = 1,
         canonical: bool = False,
         prefill_us_per_token: int = 0,
+        prefill_doubles_at_tokens: int = 0,
     ) -> None:
         """`canonical`: the bytes do not depend on tp/pp/cp (which are then 1). `prefill_us_per_token`: declared cost of computing
-        a token, what the verdict "load or recompute" is made from; 0: not said. Not part of the fingerprint."""
+        a token, what the verdict "load or recompute" is made from and eviction weighs; 0: not said.
+        `prefill_doubles_at_tokens`: the context at which a token costs twice that; 0: the same everywhere. Both are no part of the
+        fingerprint."""
     @property
     def fingerprint(self) -> str: ...
     def differences(self, other: Format) -> list[str]:
@@ -117,7 +120,8 @@ class Format:
 
 @final
 class RequestInfo:
-    """What the policy learns from. `hint`: "ends" (the session does not come back) or seconds until its next request."""
+    """What the policy learns from. `hint`: "ends" (the session does not come back) or seconds until its next request.
+    `priority`: below 0 the positions count a quarter from now on, above 0 four times; None: as before."""
 
     def __init__(
         self,
@@ -128,6 +132,7 @@ class RequestInfo:
         session: int = 0,
         client: int = 0,
         hint: Literal["ends"] | float | None = None,
+        priority: int | None = None,
     ) -> None: ...
 
 @final

@@ -125,7 +125,7 @@ pub(crate) struct RequestInfo(kvkeep_core::RequestInfo);
 #[pymethods]
 impl RequestInfo {
     #[new]
-    #[pyo3(signature = (kind = "unspecified", *, input_tokens = 0, output_tokens = 0, session = 0, client = 0, hint = None))]
+    #[pyo3(signature = (kind = "unspecified", *, input_tokens = 0, output_tokens = 0, session = 0, client = 0, hint = None, priority = None))]
     fn new(
         kind: &str,
         input_tokens: u32,
@@ -133,7 +133,9 @@ impl RequestInfo {
         session: u64,
         client: u64,
         hint: Option<&Bound<'_, PyAny>>,
+        priority: Option<i32>,
     ) -> PyResult<Self> {
+        let priority = priority.map(kvkeep_core::Priority::of_number);
         let hint = match hint {
             None => None,
             Some(said) if said.extract::<&str>().is_ok_and(|said| said == "ends") => Some(Hint::Ends),
@@ -143,7 +145,7 @@ impl RequestInfo {
             }
         };
         let kind = word(kind, RequestKind::ALL, RequestKind::word)?;
-        Ok(Self(kvkeep_core::RequestInfo { kind, input_tokens, output_tokens, session, client, hint }))
+        Ok(Self(kvkeep_core::RequestInfo { kind, input_tokens, output_tokens, session, client, hint, priority }))
     }
 }
 
@@ -198,7 +200,6 @@ pub(crate) struct Query(pub(crate) sdk::MatchQuery);
 impl Query {
     #[new]
     #[pyo3(signature = (keys, *, key_len = None, lease = None, request_id = None, promote = false, statuses = false, release = None))]
-    #[expect(clippy::too_many_arguments, reason = "keywords of Python")]
     fn new(
         keys: &Bound<'_, PyAny>,
         key_len: Option<usize>,

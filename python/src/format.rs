@@ -60,7 +60,7 @@ impl Format {
     #[new]
     #[pyo3(signature = (
         model, groups, *, dtype, layout, hash_algorithm, tokens_per_key, hash_seed = String::new(), tp = 1, pp = 1, cp = 1,
-        canonical = false, prefill_us_per_token = 0,
+        canonical = false, prefill_us_per_token = 0, prefill_doubles_at_tokens = 0,
     ))]
     #[expect(clippy::too_many_arguments, reason = "keywords of Python")]
     fn new(
@@ -76,6 +76,7 @@ impl Format {
         cp: u16,
         canonical: bool,
         prefill_us_per_token: u32,
+        prefill_doubles_at_tokens: u32,
     ) -> PyResult<Self> {
         let format = kvkeep_core::Format {
             model,
@@ -87,6 +88,7 @@ impl Format {
             topology: Topology { canonical, tp, pp, cp },
             groups: groups.iter().map(|group| group.0.clone()).collect(),
             prefill_us_per_token,
+            prefill_doubles_at_tokens,
         };
         format.validate().map_err(raise_core)?;
         Ok(Self(format))

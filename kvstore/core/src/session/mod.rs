@@ -6,7 +6,8 @@
 //!  ├ command.rs   what changes sessions, and what that answers
 //!  ├ text.rs      what a block of token ids holds
 //!  ├ stored.rs    keys and values of a state machine, byte by byte
-//!  └ table.rs     Sessions: the state machine itself
+//!  ├ table.rs     Sessions: the state
+//!  └ apply.rs     what commands do to it
 //! ```
 //! Deterministic, like all that a replicated log drives: no clock is read and nothing is drawn here; commands bring the time
 //! of their leader and random numbers with them.
@@ -14,6 +15,7 @@
 //! **A manifest is the only truth** of what a session keeps. It names positions by digest, once each, and nothing counts
 //! references: what no manifest names is found by marking all that are (`docs/ARCHITECTURE.md`).
 
+mod apply;
 pub mod command;
 pub mod manifest;
 mod stored;

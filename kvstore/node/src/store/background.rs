@@ -54,6 +54,8 @@ fn scrubber() -> std::sync::mpsc::Sender<ScrubJob> {
 impl Store {
     /// Starts the background work.
     pub fn start(self: &Arc<Self>, background: Background) {
+        // Whoever looks before the first tick finds every series.
+        self.publish_metrics();
         self.tasks.spawn(Arc::clone(self).write_queued(background.jobs));
         let store = Arc::clone(self);
         self.tasks.spawn(async move { store.free_places(&background.refused).await });
@@ -93,8 +95,7 @@ impl Store {
             self.mapped.bury();
             if told.elapsed() >= METRICS_EVERY {
                 told = Instant::now();
-                self.counters.publish();
-                self.publish_gauges();
+                self.publish_metrics();
             }
         }
     }
@@ -278,7 +279,8 @@ impl Store {
         bad
     }
 
-    fn publish_gauges(&self) {
+    fn publish_metrics(&self) {
+        self.counters.publish();
         let stats = self.stats();
         for tier in &stats.tiers {
             let name = kvkeep_client::convert::tier_opt_from_proto(tier.tier).map_or("none", Tier::word);

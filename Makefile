@@ -75,8 +75,18 @@ unit: ## Every Rust test (dev profile)
 	  exit $$status
 
 .PHONY: python
-python: ## Stock gRPC from Python against a node, where tests/python is
-	@if [[ -x tests/python/run.sh ]]; then $(WITH) cargo build --bins $(LOCK) -p kvkeep-node && tests/python/run.sh; fi
+python: ## The Python package, and stock gRPC from Python, against a node
+	@$(WITH) cargo build --bins --lib $(LOCK) -p kvkeep-node -p kvkeep-python
+	@python/tests/run.sh
+	@tests/python/run.sh
+
+# Other programs than those of `make build`: make wheel PROGRAMS=folder
+PROGRAMS ?=
+
+.PHONY: wheel
+wheel: ## One wheel for Python: module, connectors, kvkeepd and kvkeepctl
+	@$(if $(PROGRAMS),,$(MAKE) build)
+	@PROGRAMS="$(or $(PROGRAMS),$(BIN))" python/wheel.sh
 
 # Each prints its floor and its figures; their flags and defaults stand at the head of their files.
 EXAMPLES := kvkeep-core/directory_cost kvkeep-tiers/arena_cost kvkeep-node/index_open kvkeep-tiers/device_bench \

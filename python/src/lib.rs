@@ -3,7 +3,8 @@
 //!
 //! The map: [`error`] (the one exception) -> [`held`] (objects whose buffers a call uses) -> [`args`] (keys, parts, calls) and
 //! [`format`](mod@format) -> [`region`], [`place`] (memory, and where blocks lie in it) -> [`client`], [`namespace`] (what waits),
-//! [`submit`] (what does not), [`sessions`] -> [`results`] (codes instead of objects), [`describe`].
+//! [`submit`] (what does not), [`sessions`], with [`items`] (what a get or a put names) -> [`results`] (codes instead of objects),
+//! [`session_info`], [`describe`].
 //!
 //! The rules: the GIL is released wherever something may be waited for; a lock of this crate is only taken by who has the
 //! GIL, so that none is held by another thread when Python forks; and nothing of Python's is touched by the SDK's own thread.
@@ -14,10 +15,12 @@ mod describe;
 mod error;
 mod format;
 mod held;
+mod items;
 mod namespace;
 mod place;
 mod region;
 mod results;
+mod session_info;
 mod sessions;
 mod submit;
 
@@ -63,9 +66,9 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<client::Client>()?;
     m.add_class::<namespace::Namespace>()?;
     m.add_class::<sessions::Sessions>()?;
-    m.add_class::<sessions::SessionInfo>()?;
-    m.add_class::<sessions::Restored>()?;
-    m.add_class::<sessions::Tokens>()?;
+    m.add_class::<session_info::SessionInfo>()?;
+    m.add_class::<session_info::Restored>()?;
+    m.add_class::<session_info::Tokens>()?;
     m.add_function(wrap_pyfunction!(namespace::_after_fork, m)?)?;
     m.add_function(wrap_pyfunction!(namespace::_close_all, m)?)?;
     Ok(())

@@ -9,7 +9,8 @@ use pyo3::prelude::*;
 use crate::args::{self, Call, Query, seconds};
 use crate::error::raise;
 use crate::held::sweep;
-use crate::namespace::{How, Namespace, ask, gets, puts};
+use crate::items::{How, gets, puts};
+use crate::namespace::{Namespace, ask};
 use crate::results::Completion;
 
 fn ticket(submission: kvkeep_client::Result<Submission>) -> PyResult<Option<u64>> {

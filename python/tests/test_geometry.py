@@ -34,6 +34,7 @@ def test_blocks_lie_where_layers_and_strides_say(ns, shared):
     places = [bytearray(BLOCK) for _ in others]
     assert ns.get_into(others, places).all_hit and places == written
     assert ns.submit_get(keys, geometry, array.array("q", [1, 2, 3])) is not None
+    assert ns.get_into(keys, geometry, range(1, 4)).all_hit
     (done,) = collect(ns, 0, 1)
     assert done.got.all_hit
     assert ns.get_into([others[0]], [geometry.place(6)]).all_hit

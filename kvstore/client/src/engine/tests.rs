@@ -136,6 +136,13 @@ fn a_server_that_is_down_is_misses_for_every_verb() {
     assert!(matches!(&outcomes[..], [PartOutcome::Refused(_), PartOutcome::Refused(_)]), "{outcomes:?}");
     assert!(!engine.advance_revision("others", &call).unwrap());
     assert!(engine.settle(Duration::from_secs(1)).unwrap());
+    assert!(!engine.register(&Region::new(4096).unwrap(), Duration::from_millis(50)).unwrap());
+    // What is no hot verb fails instead, and says why.
+    let brief = call.clone().within(Duration::from_millis(200));
+    let error =
+        engine.with_namespace(&brief, |ns, call| async move { ns.sessions().get("s", &call).await }).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unreachable);
+    assert!(error.to_string().contains("Unix socket"), "{error}");
     assert!(engine.submit_get(0, items(3), places(3), None, call.clone()).unwrap().ticket().is_some());
     assert!(engine.submit_put(1, put(2), call.clone()).unwrap().ticket().is_some());
     assert!(engine.submit_match(1, vec![MatchQuery::of(keys(2)); 2], call).unwrap().ticket().is_some());

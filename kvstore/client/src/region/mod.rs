@@ -13,10 +13,11 @@
 //! Over the block port and gRPC the same calls work, with the bytes on the wire and landing in the region. So they do for memory
 //! that no other process can be given ([`Region::lent`]), on every way.
 //!
-//! `memory` has the mapping and all `unsafe`, [`geometry`] makes places out of block ids, [`mapped`] is the other way round:
-//! the server's memory, read in place.
+//! `memory` has the mapping and all `unsafe`, `landed` what arrives over a socket, [`geometry`] makes places out of block ids,
+//! [`mapped`] is the other way round: the server's memory, read in place.
 
 pub mod geometry;
+mod landed;
 pub mod mapped;
 pub(crate) mod memory;
 pub(crate) mod words;
@@ -32,12 +33,12 @@ use kvkeep_core::InstanceId;
 use kvkeep_proto::v1;
 use kvkeep_proto::v1::envelope::Message;
 
-use crate::assembly::{Landing, Room};
 use crate::block::conn::Conn;
 use crate::error::{Error, Result};
 use crate::process::PerProcess;
 use memory::Memory;
 
+pub(crate) use landed::Landed;
 pub use memory::Keeper;
 
 /// Nothing that is locked here is left half done by a panic.
@@ -358,61 +359,26 @@ impl Place {
     }
 }
 
-/// Lands parts that come over a socket in the regions they belong to.
-pub(crate) struct Landed<'a>(pub(crate) &'a [Place]);
-
-impl Landing for Landed<'_> {
-    fn has_room(&mut self, item: usize, total: u64) -> bool {
-        self.0[item].len() >= total
-    }
-
-    fn room(&mut self, item: usize, at: u64, _total: u64, len: usize) -> Option<Room<'_>> {
-        let mut pieces = self.0[item].pieces(at, len as u64);
-        match (pieces.next(), pieces.next()) {
-            (Some((region, offset, bytes)), None) if bytes == len => {
-                // SAFETY: who made the place promised that its bytes are this call's alone until it is answered, and this call
-                // fills one piece at a time.
-                Some(Room::Slice(unsafe { region.memory().slice_mut(offset, len) }))
-            }
-            _ => None,
-        }
-    }
-
-    fn land(&mut self, item: usize, at: u64, _total: u64, chunk: Bytes) {
-        let mut rest = &chunk[..];
-        for (region, offset, len) in self.0[item].pieces(at, chunk.len() as u64) {
-            let (head, tail) = rest.split_at(len);
-            region.memory().copy_in(offset, head);
-            rest = tail;
-        }
-    }
-
-    fn forget(&mut self, _item: usize) {
-        // The caller is told that the place holds nothing.
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_block_in_pieces_lands_where_its_runs_are() {
-        let region = Region::new(1 << 16).unwrap();
+    fn lent_memory_is_kept_as_long_as_a_place_of_it_and_given_to_nobody() {
+        let mut bytes = vec![0u8; 64];
+        let kept = Arc::new(());
+        // SAFETY: `bytes` outlives the region and its places, and is not touched meanwhile.
+        let region =
+            unsafe { Region::lent(NonNull::new(bytes.as_mut_ptr()).unwrap(), 64, Box::new(Arc::clone(&kept))) };
+        assert!(!region.is_shared() && Region::new(4096).unwrap().is_shared());
         // SAFETY: nobody else knows the region.
-        let place = unsafe { region.strided(100, 10, 50, 3).and(region.place(1000, 7)) };
-        assert_eq!((place.len(), place.run_count()), (37, 4));
-        let block: Vec<u8> = (1..=37).collect();
-        let places = [place];
-        let mut landing = Landed(&places);
-        landing.land(0, 0, 37, Bytes::copy_from_slice(&block[..15]));
-        landing.land(0, 15, 37, Bytes::copy_from_slice(&block[15..]));
-        assert!(places[0].copy_out()[..] == block[..]);
-        let mut at = [0; 10];
-        region.read(150, &mut at);
-        assert_eq!(at[..], block[10..20]);
-        assert!(landing.room(0, 5, 37, 10).is_none(), "it crosses two runs");
-        assert!(matches!(landing.room(0, 10, 37, 10), Some(Room::Slice(s)) if s.len() == 10));
+        let place = unsafe { region.strided(8, 8, 16, 2).and(Region::new(4096).unwrap().place(0, 8)) };
+        assert!(!place.is_shared());
+        drop(region);
+        assert_eq!(Arc::strong_count(&kept), 2);
+        drop(place);
+        assert_eq!(Arc::strong_count(&kept), 1);
+        assert_eq!(bytes, [0; 64]);
     }
 
     #[test]

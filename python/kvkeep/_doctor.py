@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+from typing import TextIO
 
 from . import _native, _programs
 
@@ -34,7 +35,9 @@ def _server(endpoint: str | None, timeout: float) -> tuple[list[tuple[str, str]]
     said = [("endpoint", client.endpoint)]
     if client.endpoint.startswith("local:"):
         folder = client.endpoint.removeprefix("local:").split("?")[0]
-        said.append(("folder", f"{folder}: a server is started over it where none answers; its log is {folder}/kvkeepd.log"))
+        said.append(
+            ("folder", f"{folder}: a server is started over it where none answers; its log is {folder}/kvkeepd.log")
+        )
     layout = _native.Format(
         "doctor",
         [_native.Group(1, 1024)],
@@ -62,7 +65,7 @@ def _server(endpoint: str | None, timeout: float) -> tuple[list[tuple[str, str]]
     return said, True
 
 
-def doctor(endpoint: str | None = None, *, timeout: float = 5.0, file=None) -> bool:
+def doctor(endpoint: str | None = None, *, timeout: float = 5.0, file: TextIO | None = None) -> bool:
     """Prints what is there and what to do; whether a server answers. `endpoint` None: `KVKEEP_ENDPOINT`, else the default one."""
     said = [
         ("kvkeep", f"{_native.__version__}, Python {platform.python_version()}, {_native.__file__}"),

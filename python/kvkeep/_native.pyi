@@ -29,7 +29,8 @@ Words that hold everywhere:
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias, final
+from typing import Any, Literal, Self, TypeAlias, final
+
 from typing_extensions import Buffer  # collections.abc.Buffer since Python 3.12
 
 __version__: str
@@ -40,8 +41,14 @@ PlaceLike: TypeAlias = Buffer | tuple[int, int] | Place
 """An object with a contiguous buffer (a writable one for a get), a raw `(address, length)`, or a `Place`."""
 Places: TypeAlias = Sequence[PlaceLike] | Geometry
 BlockIds: TypeAlias = Sequence[int] | Buffer
+# Where a method has the name of a type.
+_Bytes: TypeAlias = bytes
+_List: TypeAlias = list
 Tier: TypeAlias = Literal["hbm", "dram", "nvme", "remote"]
 Class: TypeAlias = Literal["cache", "replicated", "durable"]
+
+def _after_fork() -> None: ...
+def _close_all() -> None: ...
 
 # Codes in `Match.statuses` and `Got.statuses`.
 HIT: int
@@ -77,22 +84,22 @@ class Group:
     ("multiple_of", step, max).
     """
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         tokens_per_block: int,
         size: int | tuple[Literal["up_to"], int] | tuple[Literal["multiple_of"], int, int],
         *,
         rule: Literal["all", "state"] | tuple[Literal["window"], int] = "all",
         shards: int = 1,
         replicated: bool = False,
-    ) -> None: ...
+    ) -> Self: ...
 
 @final
 class Format:
     """How the KV of one model looks; checked here, fingerprinted by the server. Same declaration, same namespace."""
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         model: str,
         groups: Sequence[Group],
         *,
@@ -107,7 +114,7 @@ class Format:
         canonical: bool = False,
         prefill_us_per_token: int = 0,
         prefill_doubles_at_tokens: int = 0,
-    ) -> None:
+    ) -> Self:
         """`canonical`: the bytes do not depend on tp/pp/cp (which are then 1). `prefill_us_per_token`: declared cost of computing
         a token, what the verdict "load or recompute" is made from and eviction weighs; 0: not said.
         `prefill_doubles_at_tokens`: the context at which a token costs twice that; 0: the same everywhere. Both are no part of the
@@ -123,8 +130,8 @@ class RequestInfo:
     """What the policy learns from. `hint`: "ends" (the session does not come back) or seconds until its next request.
     `priority`: below 0 the positions count a quarter from now on, above 0 four times; None: as before."""
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         kind: Literal["unspecified", "chat", "user", "tool", "subagent", "batch"] = "unspecified",
         *,
         input_tokens: int = 0,
@@ -133,7 +140,7 @@ class RequestInfo:
         client: int = 0,
         hint: Literal["ends"] | float | None = None,
         priority: int | None = None,
-    ) -> None: ...
+    ) -> Self: ...
 
 @final
 class Call:
@@ -143,14 +150,14 @@ class Call:
     None: the client's. `label`: for accounting.
     """
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         request_id: bytes | str = b"",
         *,
         deadline: float | None = None,
         info: RequestInfo | None = None,
         label: str = "",
-    ) -> None: ...
+    ) -> Self: ...
     @property
     def request_id(self) -> bytes: ...
     @property
@@ -164,7 +171,7 @@ class Region:
     neither the object, nor a buffer of it, nor a place or call is left.
     """
 
-    def __init__(self, bytes: int) -> None: ...
+    def __new__(cls, bytes: int) -> Self: ...
     @staticmethod
     def open(path: str, offset: int = 0, bytes: int | None = None, *, also_at: int | None = None) -> Region:
         """A file on tmpfs that an engine has mapped already (None: to its end). The server gets the descriptor. The file must
@@ -190,9 +197,15 @@ class Place:
     the end of the memory.
     """
 
-    def __init__(
-        self, memory: Buffer | tuple[int, int], offset: int = 0, bytes: int | None = None, *, stride: int = 0, count: int = 1
-    ) -> None: ...
+    def __new__(
+        cls,
+        memory: Buffer | tuple[int, int],
+        offset: int = 0,
+        bytes: int | None = None,
+        *,
+        stride: int = 0,
+        count: int = 1,
+    ) -> Self: ...
     def __add__(self, other: Place) -> Place:
         """This, and then the other."""
     def __len__(self) -> int:
@@ -210,7 +223,7 @@ class Geometry:
     of 4096 bytes one behind the other: `Geometry([(Place(kv, 0, 4096, stride=1000 * 4096, count=32), 4096)], 1000)`.
     """
 
-    def __init__(self, areas: Sequence[tuple[PlaceLike, int]], blocks: int) -> None: ...
+    def __new__(cls, areas: Sequence[tuple[PlaceLike, int]], blocks: int) -> Self: ...
     @property
     def blocks(self) -> int: ...
     @property
@@ -245,10 +258,10 @@ class Match:
     @property
     def lease_id(self) -> int | None: ...
     @property
-    def statuses(self) -> bytes:
+    def statuses(self) -> _Bytes:
         """A code per key (HIT ...) where they were asked for, else empty."""
     @property
-    def tiers(self) -> bytes:
+    def tiers(self) -> _Bytes:
         """The slowest tier per key (index of TIERS), where statuses were asked for."""
     @property
     def bytes(self) -> int:
@@ -273,8 +286,8 @@ class Match:
 class Query:
     """One chain of `match_many` and `submit_match`; the arguments are those of `Namespace.match`."""
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         keys: Keys,
         *,
         key_len: int | None = None,
@@ -283,7 +296,7 @@ class Query:
         promote: bool = False,
         statuses: bool = False,
         release: int | None = None,
-    ) -> None: ...
+    ) -> Self: ...
 
 @final
 class Got:
@@ -379,8 +392,8 @@ class Client:
     instance; processes that share one share its leases. None: drawn. Raises Error (`config`) where something is wrong.
     """
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         endpoint: str | None = None,
         *,
         token: str | None = None,
@@ -392,7 +405,7 @@ class Client:
         connect_timeout: float = 2.0,
         block_connections: int = 16,
         way: Literal["fastest", "socket", "port", "grpc"] = "fastest",
-    ) -> None: ...
+    ) -> Self: ...
     @property
     def endpoint(self) -> str: ...
     def namespace(
@@ -509,7 +522,9 @@ class Namespace:
         token_ids: Sequence[Sequence[int]] | None = None,
         call: Call | None = None,
     ) -> int | None: ...
-    def submit_match(self, queries: Query | Sequence[Query], *, queue: int = 0, call: Call | None = None) -> int | None: ...
+    def submit_match(
+        self, queries: Query | Sequence[Query], *, queue: int = 0, call: Call | None = None
+    ) -> int | None: ...
     def poll(self, queue: int = 0, max: int = 64) -> list[Completion]:
         """The oldest completions of a queue. Never waits."""
     def wait(self, queue: int = 0, max: int = 64, timeout: float = 1.0) -> list[Completion]:
@@ -652,8 +667,8 @@ class Sessions:
         all_namespaces: bool = False,
         limit: int = 1000,
         call: Call | None = None,
-    ) -> list[SessionInfo]: ...
-    def keys(self, id: str, *, call: Call | None = None) -> list[bytes | None]:
+    ) -> _List[SessionInfo]: ...
+    def keys(self, id: str, *, call: Call | None = None) -> _List[bytes | None]:
         """Key of each position of its manifest; None where no copy is here to tell it."""
     def restore(
         self, id: str, *, tier: Tier = "dram", lease: float | None = None, call: Call | None = None
@@ -664,7 +679,9 @@ class Sessions:
     def fork(
         self, id: str, to: str, at_position: int | None = None, *, call: Call | None = None
     ) -> tuple[SessionInfo, bool]: ...
-    def truncate(self, id: str, positions: int, *, keep_tokens: bool = False, call: Call | None = None) -> SessionInfo: ...
+    def truncate(
+        self, id: str, positions: int, *, keep_tokens: bool = False, call: Call | None = None
+    ) -> SessionInfo: ...
     def pin(self, id: str, tier: Tier = "dram", *, call: Call | None = None) -> SessionInfo: ...
     def unpin(self, id: str, *, call: Call | None = None) -> SessionInfo: ...
     def hint(

@@ -33,7 +33,7 @@ fn words<'py>(py: Python<'py>, words: &[&str]) -> PyResult<Bound<'py, PyTuple>> 
     PyTuple::new(py, std::iter::once(None).chain(words.iter().map(|w| Some(*w))).collect::<Vec<_>>())
 }
 
-#[pymodule]
+#[pymodule(gil_used = true)]
 fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     let py = m.py();
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;

@@ -1,7 +1,8 @@
 """Matches, leases and the other verbs that wait."""
 
-import kvkeep
 from conftest import BLOCK, TOKENS, blocks, chain, layout
+
+import kvkeep
 
 
 def test_a_match_says_how_much_is_here_and_why_not_more(ns):
@@ -30,7 +31,9 @@ def test_a_verdict_is_given_where_the_format_declares_its_cost(server):
 def test_leases_are_taken_renewed_and_released(ns):
     keys = chain(4)
     assert ns.put_from(keys, blocks(4)).all_kept
-    call = kvkeep.Call("request 1", info=kvkeep.RequestInfo("chat", input_tokens=64, session=7, hint=30.0), label="team")
+    call = kvkeep.Call(
+        "request 1", info=kvkeep.RequestInfo("chat", input_tokens=64, session=7, hint=30.0), label="team"
+    )
     assert call.request_id == b"request 1"
     found = ns.match(keys, lease=30, call=call)
     assert found.lease.positions == 4 and 0 < found.lease.ttl <= 30 and found.lease_id == found.lease.id
@@ -77,9 +80,7 @@ def test_the_other_verbs(ns):
 def test_a_chain_goes_on_behind_its_parent(ns):
     keys = chain(6)
     assert ns.put_from(keys[:3], blocks(3)).all_kept
-    more = ns.put_from(
-        keys[3:], blocks(3), parent=keys[2], first_position=3, token_ids=[list(range(TOKENS))] * 3
-    )
+    more = ns.put_from(keys[3:], blocks(3), parent=keys[2], first_position=3, token_ids=[list(range(TOKENS))] * 3)
     assert more.all_kept and (more.copies, more.degraded) == (1, False)
     assert ns.match(keys).boundary_positions == 6
     assert ns.put_from(chain(2), blocks(2), unordered=True).all_kept
@@ -103,11 +104,7 @@ def test_weights_that_changed_are_misses(server):
 def test_every_way_carries_the_same_bytes(server):
     keys, written = chain(3), blocks(3)
     format = layout()
-    http = next(
-        f"http://{word.removeprefix('listen=')}"
-        for word in server.ready.split()
-        if word.startswith("listen=")
-    )
+    http = next(f"http://{word.removeprefix('listen=')}" for word in server.ready.split() if word.startswith("listen="))
     for n, (endpoint, way) in enumerate([(server.endpoint, "socket"), (http, "port"), (http, "grpc")]):
         client = kvkeep.Client(endpoint, way=way, patience=5.0)
         with client.namespace("ways", format, "weights") as ns:

@@ -2,15 +2,17 @@
 
 import array
 
-import kvkeep
 import pytest
 from conftest import TOKENS, blocks, chain
+
+import kvkeep
 
 
 def test_a_conversation_is_kept_restored_and_taken_down(ns):
     s = ns.sessions
     info, made = s.open("conversation 7", cls="durable", ttl=3600, priority=1, attributes={"user": "a"})
-    assert made and (info.id, info.cls, info.state, info.positions, info.tokens) == ("conversation 7", "durable", "open", 0, 0)
+    assert made and (info.id, info.cls, info.state) == ("conversation 7", "durable", "open")
+    assert (info.positions, info.tokens) == (0, 0)
     assert info.attributes == {"user": "a"} and info.ttl == 3600 and 0 < info.expires_in <= 3600
     assert info.parent is None and info.pinned is None and info.revision_matches and not info.finished
     keys, tokens = chain(4), list(range(100, 100 + 4 * TOKENS + 3))

@@ -6,9 +6,10 @@ import io
 import pickle
 from pathlib import Path
 
-import kvkeep
 import pytest
 from conftest import BLOCK, blocks, chain, layout
+
+import kvkeep
 from kvkeep import _native
 
 # Each call is wrong by itself; what its error says.
@@ -117,7 +118,7 @@ def test_the_stubs_say_what_there_is():
             if isinstance(function, ast.FunctionDef) and not function.decorator_list:
                 _same_arguments(name, cls, function)
     values = {n.target.id for n in stubs.body if isinstance(n, ast.AnnAssign)} - {
-        "Keys", "Parts", "PlaceLike", "Places", "BlockIds", "Tier", "Class",
+        "_Bytes", "_List", "Keys", "Parts", "PlaceLike", "Places", "BlockIds", "Tier", "Class",
     }  # fmt: skip
     assert values == {n for n in vars(_native) if not inspect.isclass(getattr(_native, n))} - {
         "__name__", "__doc__", "__package__", "__loader__", "__spec__", "__file__", "__all__", "_after_fork", "_close_all",
@@ -126,14 +127,14 @@ def test_the_stubs_say_what_there_is():
 
 def _same_arguments(name: str, cls: type, function: ast.FunctionDef) -> None:
     """A function's names of arguments, and which of them are keywords only, as the module has them."""
-    if function.name == "__init__":
+    if function.name == "__new__":
         signature = inspect.signature(cls)
     elif function.name.startswith("__"):
         return
     else:
         signature = inspect.signature(getattr(cls, function.name))
     said = function.args
-    ours = [a.arg for a in said.posonlyargs + said.args if a.arg != "self"], [a.arg for a in said.kwonlyargs]
+    ours = [a.arg for a in said.posonlyargs + said.args if a.arg not in ("self", "cls")], [a.arg for a in said.kwonlyargs]
     kinds = signature.parameters.values()
     theirs = (
         [p.name for p in kinds if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name != "self"],

@@ -76,7 +76,7 @@ unit: ## Every Rust test (dev profile)
 
 .PHONY: python
 python: ## The Python package, and stock gRPC from Python, against a node
-	@$(WITH) cargo build --bins --lib $(LOCK) -p kvkeep-node -p kvkeep-python
+	@$(WITH) cargo build --workspace $(LOCK)
 	@python/tests/run.sh
 	@tests/python/run.sh
 

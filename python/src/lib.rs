@@ -1,10 +1,9 @@
 //! The native module of the Python package `kvkeep`: the face of the Rust SDK for engines ([`kvkeep_client::engine`]), in
 //! Python's words. What the package promises is written in `kvkeep/_native.pyi`; nothing is decided here.
 //!
-//! The map: [`error`] (the one exception) -> [`held`] (objects whose buffers a call uses) -> [`args`] (keys, parts, calls) and
-//! [`format`](mod@format) -> [`region`], [`place`] (memory, and where blocks lie in it) -> [`client`], [`namespace`] (what waits),
-//! [`submit`] (what does not), [`sessions`], with [`items`] (what a get or a put names) -> [`results`] (codes instead of objects),
-//! [`session_info`], [`describe`].
+//! The map: `error` (the one exception) -> `held` (objects whose buffers a call uses) -> `args` (keys, parts, calls) and `format`
+//! -> `region`, `place` (memory, and where blocks lie in it) -> `client`, `namespace` (what waits), `submit` (what does not),
+//! `sessions`, with `items` (what a get or a put names) -> `results` (codes instead of objects), `session_info`, `describe`.
 //!
 //! The rules: the GIL is released wherever something may be waited for; a lock of this crate is only taken by who has the
 //! GIL, so that none is held by another thread when Python forks; and nothing of Python's is touched by the SDK's own thread.

@@ -1,9 +1,10 @@
 //! A namespace: the calls that wait. Each releases the GIL while it does.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use kvkeep_client as sdk;
-use kvkeep_client::engine::{Engine, EngineConfig};
+use kvkeep_client::engine::{Engine, EngineConfig, WAIT_MAX};
 use kvkeep_client::{Fault, MatchQuery};
 use kvkeep_core::ids::LeaseId;
 use pyo3::prelude::*;
@@ -17,6 +18,9 @@ use crate::items::{How, gets, puts};
 use crate::region::Region;
 use crate::results::{Got, Lease, Match, Stored, statuses};
 use crate::sessions::Sessions;
+
+/// Longest step of a wait between two looks for signals.
+const STEP: Duration = Duration::from_millis(200);
 
 /// An engine; `None`: closed. Locked by threads that have the GIL only, and never while one waits.
 type Slot = Mutex<Option<Arc<Engine>>>;
@@ -98,6 +102,25 @@ pub(crate) fn ask<T: Send>(
     });
     sweep(py);
     answer.map_err(|e| raise(&e))
+}
+
+/// The same for a wait that may be long: in steps, between which signals (Ctrl-C) are looked for. `verb` answers `None` where its
+/// step was not enough.
+pub(crate) fn ask_in_steps<T: Send>(
+    py: Python<'_>,
+    engine: &Arc<Engine>,
+    within: Duration,
+    verb: impl Fn(&Engine, Duration) -> sdk::Result<Option<T>> + Send + Sync,
+) -> PyResult<Option<T>> {
+    let until = Instant::now() + within.min(WAIT_MAX);
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        let answer = ask(py, Arc::clone(engine), |engine| verb(engine, left.min(STEP)))?;
+        if answer.is_some() || left <= STEP {
+            return Ok(answer);
+        }
+        py.check_signals()?;
+    }
 }
 
 impl Drop for Namespace {
@@ -256,8 +279,8 @@ impl Namespace {
 
     #[pyo3(signature = (timeout = 10.0))]
     fn ready(&self, py: Python<'_>, timeout: f64) -> PyResult<bool> {
-        let timeout = seconds(timeout)?;
-        self.ask(py, |engine| engine.ready(timeout))
+        let step = |engine: &Engine, within| engine.ready(within).map(|ready| ready.then_some(()));
+        Ok(ask_in_steps(py, &self.engine()?, seconds(timeout)?, step)?.is_some())
     }
 
     #[pyo3(signature = (revision, *, call = None))]

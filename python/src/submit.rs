@@ -2,7 +2,7 @@
 
 use std::os::fd::AsRawFd as _;
 
-use kvkeep_client::engine::{Submission, Ticket};
+use kvkeep_client::engine::{Engine, Submission, Ticket};
 use kvkeep_core::ids::LeaseId;
 use pyo3::prelude::*;
 
@@ -10,7 +10,7 @@ use crate::args::{self, Call, Query, seconds};
 use crate::error::raise;
 use crate::held::sweep;
 use crate::items::{How, gets, puts};
-use crate::namespace::{Namespace, ask};
+use crate::namespace::{Namespace, ask_in_steps};
 use crate::results::Completion;
 
 fn ticket(submission: kvkeep_client::Result<Submission>) -> PyResult<Option<u64>> {
@@ -102,9 +102,9 @@ impl Namespace {
 
     #[pyo3(signature = (queue = 0, max = 64, timeout = 1.0))]
     fn wait(&self, py: Python<'_>, queue: usize, max: usize, timeout: f64) -> PyResult<Vec<Completion>> {
-        let timeout = seconds(timeout)?;
-        let done = ask(py, self.engine()?, |engine| engine.wait(queue, max, timeout))?;
-        done.into_iter().map(|done| Completion::of(py, done)).collect()
+        let step = |engine: &Engine, within| engine.wait(queue, max, within).map(|d| (!d.is_empty()).then_some(d));
+        let done = ask_in_steps(py, &self.engine()?, seconds(timeout)?, step)?;
+        done.unwrap_or_default().into_iter().map(|done| Completion::of(py, done)).collect()
     }
 
     #[pyo3(signature = (queue = 0))]

@@ -4,6 +4,7 @@
 #
 #   python/tests/run.sh [arguments of pytest]
 #   PROFILE=release KVKEEP_KVKEEPD=/path/of/kvkeepd python/tests/run.sh -k forks
+#   PROFILE=release python/tests/run.sh bench [flags of bench.py]      needs the example engine_speed of kvkeep-client
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -31,4 +32,8 @@ for file in python/kvkeep/*; do
 done
 cp "$BIN/lib_native.so" "$PACKAGE/kvkeep/.next" && mv "$PACKAGE/kvkeep/.next" "$PACKAGE/kvkeep/_native.abi3.so"
 
-PYTHONPATH=$PWD/$PACKAGE PYTHONDONTWRITEBYTECODE=1 exec "$VENV/bin/python" -m pytest -q -p no:cacheprovider python/tests "$@"
+export PYTHONPATH=$PWD/$PACKAGE PYTHONDONTWRITEBYTECODE=1
+if [[ ${1:-} == bench ]]; then
+  exec "$VENV/bin/python" python/tests/bench.py "$BIN/examples/engine_speed" "${@:2}"
+fi
+exec "$VENV/bin/python" -m pytest -q -p no:cacheprovider python/tests "$@"

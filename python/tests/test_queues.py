@@ -2,6 +2,7 @@
 
 import os
 import select
+import signal
 import threading
 
 import pytest
@@ -117,3 +118,10 @@ def test_threads_use_one_namespace_and_a_thread_that_waits_stops_nobody(server):
         assert not ended.is_set() and not any(thread.is_alive() for thread in threads)
         assert ns.submit_match(kvkeep.Query(chain(1))) is not None
         assert ended.wait(60)
+
+
+def test_a_wait_can_be_interrupted(ns):
+    for waits in (lambda: ns.wait(timeout=600), lambda: kvkeep.Client("unix:/nowhere").namespace("n", ns.format, "w").ready(600)):
+        threading.Timer(0.3, signal.raise_signal, (signal.SIGINT,)).start()
+        with pytest.raises(KeyboardInterrupt):
+            waits()

@@ -1,4 +1,4 @@
-//! What the Rust side of `python/bench.py` does: windows of gets and matches through an [`Engine`], one for each line of its
+//! What the Rust side of `python/tests/bench.py` does: windows of gets and matches through an [`Engine`], one for each line of its
 //! input (`get` or `match`), and a line with what came of it (GB/s, or p50 and p99 in milliseconds).
 //!
 //! `engine_speed ENDPOINT NAMESPACE WINDOW_MS`; the namespace and its blocks are those that `bench.py` has put.

@@ -26,6 +26,7 @@ fn format() -> Format {
         topology: Topology { canonical: false, tp: 1, pp: 1, cp: 1 },
         groups: vec![Group { rule: Rule::All, tokens_per_block: 16, shards: 1, replicated: false, size }],
         prefill_us_per_token: 0,
+        prefill_doubles_at_tokens: 0,
     }
 }
 

@@ -25,10 +25,13 @@ Words that hold everywhere:
   BufferError are raised where the arguments are of the wrong kind.
 * **The GIL** is released in every call that may wait. All objects may be used by several threads.
 * **Forks.** A forked child goes on with the same objects: it is a new instance with connections, queues and event descriptors of
-  its own (ask `event_fd` again). Tickets of its parent are not its own. Objects cannot be pickled: a spawned process makes its own.
+  its own (ask `event_fd` again). Tickets of its parent are not its own, and buffers that the parent's calls held at that moment
+  stay held in the child. Objects cannot be pickled: a spawned process makes its own.
+* **Signals.** `wait` and `ready` look for them (Ctrl-C) while they wait; the other calls end by their deadlines.
 """
 
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import Any, Literal, Self, TypeAlias, final
 
 from typing_extensions import Buffer  # collections.abc.Buffer since Python 3.12
@@ -173,7 +176,9 @@ class Region:
 
     def __new__(cls, bytes: int) -> Self: ...
     @staticmethod
-    def open(path: str, offset: int = 0, bytes: int | None = None, *, also_at: int | None = None) -> Region:
+    def open(
+        path: str | PathLike[str], offset: int = 0, bytes: int | None = None, *, also_at: int | None = None
+    ) -> Region:
         """A file on tmpfs that an engine has mapped already (None: to its end). The server gets the descriptor. The file must
         never be truncated. `also_at`: the address at which the engine's own mapping of the same bytes starts: buffers and raw
         addresses in there are then places of this region. It stays mapped as long as the region is used."""
@@ -397,7 +402,7 @@ class Client:
         endpoint: str | None = None,
         *,
         token: str | None = None,
-        ca_file: str | None = None,
+        ca_file: str | PathLike[str] | None = None,
         name: str | None = None,
         instance: bytes | None = None,
         deadline: float = 10.0,

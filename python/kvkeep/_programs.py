@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 VARIABLE = "KVKEEP_KVKEEPD"
@@ -27,8 +28,6 @@ def announce() -> None:
 
 
 def _run(name: str) -> None:
-    import sys
-
     program = find(name)
     if program is None:
         sys.exit(f"{name} was not found: this package does not carry it, and it is not on the PATH")

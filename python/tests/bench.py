@@ -3,8 +3,8 @@
     PROFILE=release python/tests/run.sh bench [--pairs 41] [--window-ms 100] [--json FILE]
 
 The Rust side is the program that `cargo build --release -p kvkeep-client --example engine_speed` makes. A node is started with the
-`kvkeepd` that KVKEEP_KVKEEPD names. The order of each pair is drawn; medians of all windows, and their ratio. Floor of a get: one
-copy by the server from its arena into the region.
+`kvkeepd` that KVKEEP_KVKEEPD names. The order of each pair is drawn; medians of all windows, the best ones, and their ratios.
+Floor of a get: one copy by the server from its arena into the region.
 """
 
 import argparse
@@ -109,17 +109,17 @@ def main() -> None:
             sides["rust"].process.stdin.close()
             sides["rust"].process.wait()
     median = statistics.median
-    gets = {name: median(f["get"]) for name, f in found.items()}
-    report = {
-        "get_gb_per_s": {name: round(rate, 2) for name, rate in gets.items()},
-        "get_python_over_rust": round(gets["python"] / gets["rust"], 3),
-        "match_4096_ms": {
-            name: {"p50": round(median(m[0] for m in f["match"]), 3), "p99": round(median(m[1] for m in f["match"]), 3)}
+    report = {"pairs": said.pairs, "load_average": os.getloadavg()[0]}
+    # Best windows are those that other programs disturbed least.
+    for kind, gets in (("median", median), ("best", max)):
+        rates = {name: gets(f["get"]) for name, f in found.items()}
+        report[f"get_gb_per_s_{kind}"] = {name: round(rate, 2) for name, rate in rates.items()}
+        report[f"get_python_over_rust_{kind}"] = round(rates["python"] / rates["rust"], 3)
+    for kind, matches in (("median", median), ("best", min)):
+        report[f"match_4096_ms_{kind}"] = {
+            name: {p: round(matches(m[i] for m in f["match"]), 3) for i, p in enumerate(("p50", "p99"))}
             for name, f in found.items()
-        },
-        "pairs": said.pairs,
-        "load_average": os.getloadavg()[0],
-    }
+        }
     text = json.dumps(report, indent=2)
     print(text)
     if said.json:

@@ -68,17 +68,17 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        log = open(self.folder / "log", "ab")
-        self.process = subprocess.Popen(
-            [
-                os.environ["KVKEEP_KVKEEPD"],
-                *("--data-dir", self.folder / "data", "--unix-socket", self.socket, "--listen", "127.0.0.1:0"),
-                *("--arena-dir", self.arena, "--arena-bytes", "256MiB", "--nvme-bytes", "256MiB"),
-                *("--keep-free-bytes", "0"),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=log,
-        )
+        with open(self.folder / "log", "ab") as log:
+            self.process = subprocess.Popen(
+                [
+                    os.environ["KVKEEP_KVKEEPD"],
+                    *("--data-dir", self.folder / "data", "--unix-socket", self.socket, "--listen", "127.0.0.1:0"),
+                    *("--arena-dir", self.arena, "--arena-bytes", "256MiB", "--nvme-bytes", "256MiB"),
+                    *("--keep-free-bytes", "0"),
+                ],
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
         for line in self.process.stdout:
             if b" ready listen=" in line:
                 self.ready = line.decode()

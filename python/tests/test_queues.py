@@ -121,7 +121,10 @@ def test_threads_use_one_namespace_and_a_thread_that_waits_stops_nobody(server):
 
 
 def test_a_wait_can_be_interrupted(ns):
-    for waits in (lambda: ns.wait(timeout=600), lambda: kvkeep.Client("unix:/nowhere").namespace("n", ns.format, "w").ready(600)):
+    for waits in (
+        lambda: ns.wait(timeout=600),
+        lambda: kvkeep.Client("unix:/nowhere").namespace("n", ns.format, "w").ready(600),
+    ):
         threading.Timer(0.3, signal.raise_signal, (signal.SIGINT,)).start()
         with pytest.raises(KeyboardInterrupt):
             waits()

@@ -134,7 +134,10 @@ def _same_arguments(name: str, cls: type, function: ast.FunctionDef) -> None:
     else:
         signature = inspect.signature(getattr(cls, function.name))
     said = function.args
-    ours = [a.arg for a in said.posonlyargs + said.args if a.arg not in ("self", "cls")], [a.arg for a in said.kwonlyargs]
+    ours = (
+        [a.arg for a in said.posonlyargs + said.args if a.arg not in ("self", "cls")],
+        [a.arg for a in said.kwonlyargs],
+    )
     kinds = signature.parameters.values()
     theirs = (
         [p.name for p in kinds if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name != "self"],

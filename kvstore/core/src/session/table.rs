@@ -69,7 +69,7 @@ impl Sessions {
         self.pinned.get(&tenant).copied().unwrap_or(0)
     }
 
-    /// Whether [`Command::Expire`] would find something at this time.
+    /// Whether [`Command::Expire`](super::Command::Expire) would find something at this time.
     pub fn any_due(&self, now_ms: u64) -> bool {
         self.ends.first().is_some_and(|(at, _)| *at <= now_ms)
     }

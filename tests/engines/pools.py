@@ -1,0 +1,130 @@
+"""SGLang's own host pools on a machine without a GPU, and its own factory for a storage backend."""
+
+from __future__ import annotations
+
+import sglang.srt.mem_cache.pool_host.base as base
+import torch
+from sglang.srt.mem_cache.device_pool_info import KVBuffers, MHABufferInfo, MLABufferInfo
+from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
+from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
+from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
+from sglang.srt.mem_cache.storage import StorageBackendFactory
+
+# Of a small machine, SGLang would leave more free than there is.
+base.HICACHE_HOST_MEMORY_RESERVE_BYTES = 1 << 30
+PAGE = 64
+CPU = torch.device("cpu")
+
+
+def _pointers(tensors) -> torch.Tensor:
+    return torch.tensor([t.data_ptr() for t in tensors], dtype=torch.uint64)
+
+
+def mha_pool(layout: str, *, pages: int = 64, layers: int = 4, heads: int = 4, dim: int = 64, page: int = PAGE, shm: bool = False):
+    """`pages` pages of keys and values."""
+    k, v = ([torch.zeros(page, heads, dim, dtype=torch.bfloat16) for _ in range(layers)] for _ in "kv")
+    known = {"k": tuple(k), "v": tuple(v), "k_data_ptrs": _pointers(k), "v_data_ptrs": _pointers(v)}
+    info = MHABufferInfo(
+        buffers=KVBuffers(**{f: known.get(f) for f in KVBuffers.__struct_fields__}),
+        page_size=page,
+        head_num=heads,
+        head_dim=dim,
+        v_head_dim=dim,
+        dtype=torch.bfloat16,
+        device=CPU,
+    )
+    return MHATokenToKVPoolHost(
+        info,
+        float(pages - 1),
+        0,
+        page,
+        layout,
+        pin_memory=False,
+        device="cpu",
+        allocator_type="shm" if shm else "default",
+        device_capacity_tokens=page,
+        start_layer=0,
+        end_layer=layers,
+    )
+
+
+def mla_pool(layout: str, *, pages: int = 64, layers: int = 4, page: int = PAGE):
+    """Of a model whose tensor-parallel ranks all hold the same."""
+    rows = tuple(torch.zeros(page, 1, 128 + 64, dtype=torch.bfloat16) for _ in range(layers))
+    known = dict(
+        buffers=rows,
+        data_ptrs=_pointers(rows),
+        layer_indices=tuple(range(layers)),
+        device_layer_num=layers,
+        page_size=page,
+        kv_lora_rank=128,
+        qk_rope_head_dim=64,
+        kv_cache_dim=128 + 64,
+        dtype=torch.bfloat16,
+        device=CPU,
+    )
+    info = MLABufferInfo(**{f: v for f, v in known.items() if f in MLABufferInfo.__struct_fields__})
+    return MLATokenToKVPoolHost(
+        info,
+        float(pages - 1),
+        0,
+        page,
+        layout,
+        pin_memory=False,
+        device="cpu",
+        device_capacity_tokens=page,
+        start_layer=0,
+        end_layer=layers,
+        target_layer_num=layers,
+    )
+
+
+def fill(pool, seed: int) -> None:
+    buffer = pool.kv_buffer.view(torch.int16)
+    buffer.copy_(torch.randint(-30000, 30000, buffer.shape, dtype=torch.int16, generator=torch.Generator().manual_seed(seed)))
+
+
+def page_of(pool, page: int) -> bytes:
+    """What the engine itself reads as the page's content."""
+    return pool.get_data_page(page * pool.page_size).contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def indices(pool, pages) -> torch.Tensor:
+    size = pool.page_size
+    return torch.cat([torch.arange(page * size, (page + 1) * size) for page in pages])
+
+
+def config(endpoint: str, *, rank: int = 0, ranks: int = 1, mla: bool = False, cp: int = 1, cp_rank: int = 0, interface=1, **options):
+    return HiCacheStorageConfig(
+        tp_rank=rank,
+        tp_size=ranks,
+        pp_rank=0,
+        pp_size=1,
+        attn_cp_rank=cp_rank,
+        attn_cp_size=cp,
+        is_mla_model=mla,
+        enable_storage_metrics=False,
+        is_page_first_layout=True,
+        model_name="local/test",
+        extra_config={
+            "backend_name": "kvkeep",
+            "module_path": "kvkeep.connectors.sglang",
+            "class_name": "KVKeepStorage",
+            "interface_v1": interface,
+            "kvkeep": {"endpoint": endpoint, "revision": "weights 1"} | options,
+        },
+    )
+
+
+def backend(endpoint: str, pool, **how):
+    """As SGLang's cache controller makes it."""
+    made = StorageBackendFactory.create_backend("dynamic", config(endpoint, **how), pool)
+    made.register_mem_pool_host(pool)
+    made.on_host_pools_registered()
+    return made
+
+
+def ready(made) -> None:
+    """Waits for the store, so that a test sees no miss of the first moment."""
+    for pool in made._pools.values():
+        assert pool.namespace.ready(20)

@@ -14,6 +14,7 @@ import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig, PoolName
 from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
 
+from ..leases import look_up
 from ..options import StoreOptions
 from ..registration import Registration
 
@@ -120,11 +121,9 @@ class Pool:
         found = self._namespace.match(keys, lease=lease, promote=True, call=call)
         return found.boundary_positions, found.lease
 
-    def lease(self, keys: Sequence[bytes], ttl: float, call: kvkeep.Call) -> tuple[list[bool], kvkeep.Lease | None]:
-        """Which pages are there; those are leased."""
-        lease, statuses = self._namespace.lease(keys, ttl=ttl, call=call)
-        there = [status == kvkeep.HIT for status in statuses]
-        return there + [False] * (len(keys) - len(there)), lease
+    def look_up(self, keys: Sequence[bytes], lease: float, call: kvkeep.Call) -> tuple[list[bool], kvkeep.Lease | None]:
+        """Which pages are there, one by one, leased."""
+        return look_up(self._namespace, keys, lease, call)
 
     # Bytes.
 

@@ -231,7 +231,7 @@ class KVKeepStorage(HiCacheStorage):
         if pool is None or not keys:
             return [False] * len(keys)
         call = self._call(self._options.match_seconds_max, extra_info)
-        there, lease = pool.lease(keys, self._options.lease_seconds, call)
+        there, lease = pool.look_up(keys, self._options.lease_seconds, call)
         self._hold(pool, lease, [key for key, is_there in zip(keys, there) if is_there])
         return there
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import kvkeep
 import sglang.srt.mem_cache.pool_host.base as base
 import torch
-from harness import wait_until
 from sglang.srt.mem_cache.device_pool_info import KVBuffers, MHABufferInfo, MLABufferInfo
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
 from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
@@ -127,14 +125,5 @@ def backend(endpoint: str, pool, **how):
 
 
 def ready(made) -> None:
-    """Waits for the store, so that a test sees no miss of the first moment."""
-
-    def is_ready(namespace) -> bool:
-        try:
-            return namespace.ready(5)
-        except kvkeep.Error:
-            # Other weights: the connector is telling the store.
-            return False
-
-    for pool in made._pools.values():
-        wait_until(lambda: is_ready(pool.namespace), 30, f"namespace {pool.namespace.name} is ready")
+    """So that a test sees no miss of the first moment."""
+    assert made.wait_ready(30)

@@ -21,6 +21,7 @@ from lmcache.v1.distributed.storage_manager import StorageManager
 from lmcache.v1.memory_management import MemoryFormat, MemoryObjMetadata, TensorMemoryObj
 
 from kvkeep.connectors.lmcache import KVKeepAdapter
+from kvkeep.connectors.lmcache.spaces import position_of
 from kvkeep.connectors.versions import UnknownVersion
 
 BOUND = 5.0

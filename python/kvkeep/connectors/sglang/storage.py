@@ -289,6 +289,11 @@ class KVKeepStorage(HiCacheStorage):
         for pool in pools.values():
             pool.close()
 
+    def wait_ready(self, timeout: float) -> bool:
+        """Waits for the store, for tools and tests: an engine begins with misses. Whether all pools have reached it."""
+        until = time.monotonic() + timeout
+        return all([_reached(pool, until - time.monotonic()) for pool in self._pools.values()])
+
     def leases_held(self) -> int:
         """Lookups that were not followed by a get yet."""
         return sum(len(leases) for leases in self._leases.values())
@@ -330,6 +335,17 @@ class KVKeepStorage(HiCacheStorage):
         if declared in (None, "auto"):
             raise Unsupported("its values are bytes, and SGLang does not say of which type (--kv-cache-dtype)")
         return declared
+
+
+def _reached(pool: Pool, seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        try:
+            return pool.namespace.ready(left)
+        except kvkeep.Error:
+            # Other weights: the store is being told.
+            time.sleep(0.05)
+    return False
 
 
 def _server_args():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sglang.srt.mem_cache.pool_host.base as base
 import torch
-from sglang.srt.mem_cache.device_pool_info import KVBuffers, MHABufferInfo, MLABufferInfo
+from sglang.srt.mem_cache.device_pool_info import KVBuffers, MambaStateBufferInfo, MHABufferInfo, MLABufferInfo
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
+from sglang.srt.mem_cache.pool_host.mamba import MambaPoolHost
 from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
 from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
 from sglang.srt.mem_cache.storage import StorageBackendFactory
@@ -79,9 +80,27 @@ def mla_pool(layout: str, *, pages: int = 64, layers: int = 4, page: int = PAGE)
     )
 
 
+def mamba_pool(*, slots: int = 32, layers: int = 3, shm: bool = False):
+    """Recurrent states: a slot is one state of all layers, in two allocations."""
+    state = torch.zeros(layers, slots, 4, 16, 16, dtype=torch.float32)
+    conv = torch.zeros(layers, slots, 64, 3, dtype=torch.bfloat16)
+    return MambaPoolHost(
+        MambaStateBufferInfo(temporal=state, conv=(conv,)),
+        1.0,
+        0,
+        device_capacity=slots,
+        pin_memory=False,
+        device="cpu",
+        allocator_type="shm" if shm else "default",
+        layout="page_first",
+    )
+
+
 def fill(pool, seed: int) -> None:
-    buffer = pool.kv_buffer.view(torch.int16)
-    buffer.copy_(torch.randint(-30000, 30000, buffer.shape, dtype=torch.int16, generator=torch.Generator().manual_seed(seed)))
+    source = torch.Generator().manual_seed(seed)
+    for buffer in pool.kv_buffer if isinstance(pool.kv_buffer, (list, tuple)) else [pool.kv_buffer]:
+        as_bytes = buffer.view(-1).view(torch.int16)
+        as_bytes.copy_(torch.randint(-30000, 30000, as_bytes.shape, dtype=torch.int16, generator=source))
 
 
 def page_of(pool, page: int) -> bytes:
@@ -94,13 +113,13 @@ def indices(pool, pages) -> torch.Tensor:
     return torch.cat([torch.arange(page * size, (page + 1) * size) for page in pages])
 
 
-def config(endpoint: str, *, rank: int = 0, ranks: int = 1, mla: bool = False, cp: int = 1, cp_rank: int = 0, interface=1, **options):
+def config(endpoint: str, *, rank: int = 0, ranks: int = 1, mla: bool = False, cp: int = 1, stage: int = 0, stages: int = 1, interface=1, **options):
     return HiCacheStorageConfig(
         tp_rank=rank,
         tp_size=ranks,
-        pp_rank=0,
-        pp_size=1,
-        attn_cp_rank=cp_rank,
+        pp_rank=stage,
+        pp_size=stages,
+        attn_cp_rank=0,
         attn_cp_size=cp,
         is_mla_model=mla,
         enable_storage_metrics=False,

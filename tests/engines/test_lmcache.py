@@ -246,6 +246,8 @@ def test_serialized_objects_need_a_name_for_their_bytes(made, caplog):
     keys = object_keys(2)
     bare = made()
     assert not store(bare, keys, [memory(1, flat, torch.uint8)] * 2).is_successful()
+    # An 8-bit float of one kind is not one of the other, and both are kept as bytes.
+    assert not store(bare, keys, [memory(1, SHAPE, torch.uint8)] * 2).is_successful()
     named = made(layout="bf16, 256 tokens, fp8 v1")
     source = [memory(2, flat, torch.uint8), memory(3, flat, torch.uint8)]
     source[1].set_used_size(1000)

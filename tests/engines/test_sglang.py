@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import queue
+import random
 import threading
 import time
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import kvkeep
 import pytest
 import torch
 from harness import Server, wait_until
-from pools import PAGE, backend, config, fill, indices, mha_pool, mla_pool, page_of, ready
+from pools import PAGE, backend, config, fill, indices, mamba_pool, mha_pool, mla_pool, page_of, ready
 from sglang.srt.managers.cache_controller import HiCacheController
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageExtraInfo, PoolHitPolicy, PoolName, PoolTransfer
 from sglang.srt.mem_cache.storage import StorageBackendFactory
@@ -155,6 +156,7 @@ def test_ranks_of_another_size_are_not_mixed_up(made):
     assert all(made(pool, rank=0, ranks=1).batch_set_v1(keys, indices(pool, range(2))))
     assert made(pool, rank=0, ranks=2).batch_exists(keys) == 0
     assert made(pool, rank=0, ranks=1, cp=2).batch_exists(keys) == 0
+    assert made(pool, rank=0, ranks=1, stage=1, stages=2).batch_exists(keys) == 0
 
 
 def test_a_miss_in_the_middle_ends_the_prefix(made):
@@ -220,6 +222,34 @@ def chain(tokens, before=None, page_size=PAGE) -> list[str]:
         digest.update(b"".join(int(t).to_bytes(4, "little") for t in tokens[at : at + page_size]))
         hashes.append(before := digest.hexdigest())
     return hashes
+
+
+@pytest.mark.parametrize("shm", [False, True], ids=["anonymous", "shm"])
+def test_recurrent_states_are_split_over_ranks_even_with_mla(made, shm):
+    """States of a layer lie in two allocations; the last one of a prefix is enough."""
+    kvs, states, ranks = [], [], []
+    keys = page_keys(6)
+    for rank in range(2):
+        kvs.append(mla_pool("page_first"))
+        states.append(mamba_pool(shm=shm))
+        ranks.append(made(kvs[rank], mla=True, rank=rank, ranks=2))
+        ranks[rank].register_mem_host_pool_v2(states[rank], PoolName.MAMBA)
+        assert ranks[rank].wait_ready(30)
+        assert ranks[rank]._pools["mamba"].is_shared == shm
+        fill(states[rank], 30 + rank)
+    assert all(ranks[0].batch_set_v1(keys, indices(kvs[0], range(6))))
+    last = PoolTransfer(name=PoolName.MAMBA, keys=keys[-1:], hit_policy=PoolHitPolicy.TRAILING_PAGES)
+    for rank in range(2):
+        assert ranks[rank].batch_exists_v2(keys, [last]).kv_hit_pages == 0
+        put = PoolTransfer(name=PoolName.MAMBA, host_indices=torch.tensor([3, 4]), keys=[keys[1], keys[4]])
+        assert ranks[rank].batch_set_v2([put]) == {"mamba": [True, True]}
+    for rank in range(2):
+        found = ranks[rank].batch_exists_v2(keys, [last])
+        assert (found.kv_hit_pages, found.restorable_prefix_pages) == (5, [2, 5])
+        get = PoolTransfer(name=PoolName.MAMBA, host_indices=torch.tensor([20]), keys=[keys[4]])
+        assert ranks[rank].batch_get_v2([get]) == {"mamba": [True]}
+        for buffer in (states[rank].temporal_buffer, *states[rank].conv_buffer):
+            assert torch.equal(buffer[20].view(torch.uint8), buffer[4].view(torch.uint8))
 
 
 def test_the_engines_own_controller_backs_up_and_prefetches(made, monkeypatch):
@@ -389,6 +419,40 @@ def test_a_stopped_server_is_misses_and_the_gil_is_free(own_server, made):
     wait_until(lambda: store.batch_exists(keys) == 16, 30, "hits again")
 
 
+def test_pages_that_were_given_back_are_not_written(own_server, made):
+    """SGLang gives a page that was not got to somebody else at once: a server that is stopped in the middle of a copy and goes on
+    later must not write over it."""
+    pool = mha_pool("page_first", pages=128, layers=16, shm=True)
+    fill(pool, 18)
+    store, keys = made(pool, at=own_server), page_keys(64)
+    assert all(store.batch_set_v1(keys, indices(pool, range(64))))
+    sentinel = torch.full_like(pool.kv_buffer[:, :PAGE].view(torch.int16), 0x5A5A)
+    rng, outcomes = random.Random(18), []
+
+    def read():
+        got = store.batch_get_v1(keys, indices(pool, range(64, 128)))
+        outcomes.append(all(got))
+        for page in (64 + n for n, ok in enumerate(got) if not ok):
+            pool.kv_buffer[:, page * PAGE : (page + 1) * PAGE].view(torch.int16).copy_(sentinel)
+            lost.append(page)
+
+    for _ in range(12):
+        wait_until(lambda: store.batch_exists(keys) == 64, 30, "hits")
+        lost: list[int] = []
+        reader = threading.Thread(target=read)
+        reader.start()
+        time.sleep(rng.random() * 0.02)
+        own_server.pause()
+        time.sleep(0.3)
+        own_server.resume()
+        reader.join(30)
+        assert not reader.is_alive()
+        time.sleep(0.2)
+        for page in lost:
+            assert torch.equal(pool.kv_buffer[:, page * PAGE : (page + 1) * PAGE].view(torch.int16), sentinel)
+    assert len(outcomes) == 12
+
+
 def test_no_server_at_all(tmp_path):
     pool = mha_pool("page_first")
     started = time.monotonic()
@@ -444,6 +508,27 @@ def test_without_known_weights_nothing_is_shared(server, caplog):
     assert store.batch_exists(keys) == 0
     assert "which weights" in caplog.text
     store.close()
+
+
+def test_a_draft_model_has_weights_of_its_own(made):
+    pool, draft = mha_pool("page_first"), mha_pool("page_first", layers=1)
+    fill(draft, 19)
+    keys = page_keys(2)
+
+    def drafts(revision):
+        store = made(pool, draft_revision=revision)
+        store.register_mem_host_pool_v2(draft, PoolName.DRAFT)
+        assert store.wait_ready(30)
+        return store
+
+    def transfer(*pages):
+        return [PoolTransfer(name=PoolName.DRAFT, host_indices=indices(draft, pages), keys=keys)]
+
+    assert drafts(None).batch_set_v2(transfer(1, 2)) == {"draft": [False, False]}, "nobody says which weights"
+    store = drafts("draft 1")
+    assert store.batch_set_v2(transfer(1, 2)) == {"draft": [True, True]}
+    assert store.batch_get_v2(transfer(3, 4)) == {"draft": [True, True]} and same(draft, [1, 2], draft, [3, 4])
+    assert drafts("draft 2").batch_get_v2(transfer(3, 4)) == {"draft": [False, False]}
 
 
 def test_wrong_configurations_are_refused(server, monkeypatch):

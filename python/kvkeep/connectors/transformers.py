@@ -113,21 +113,25 @@ class PrefixStore:
         call = self._call(session)
         with self._lock:
             found = self._namespace.match(keys, lease=self._lease_seconds, promote=True, call=call)
+            keys, tokens = keys[: found.boundary_positions], 0
+            # Per layer keys and values: heads, tokens, width.
+            shape = (2 * self._layers, self._heads, len(keys) * self._block_tokens, self._dim)
+            states = torch.empty(shape, dtype=self._dtype, device=device)
             try:
-                pieces = [[] for _ in range(2 * self._layers)]
-                for blocks in self._got(keys[: found.boundary_positions], found.lease_id, call):
-                    # Blocks, layers, keys and values, heads, tokens, width -> per layer heads, all tokens, width.
-                    for n, piece in enumerate(blocks.flatten(1, 2).unbind(1)):
-                        pieces[n].append(piece.transpose(0, 1).flatten(1, 2).to(device, copy=True))
+                for blocks in self._got(keys, found.lease_id, call):
+                    size = len(blocks) * self._block_tokens
+                    into = states[:, :, tokens : tokens + size].unflatten(2, (len(blocks), self._block_tokens))
+                    into.copy_(blocks.flatten(1, 2).permute(1, 2, 0, 3, 4))
+                    tokens += size
             finally:
                 if found.lease_id is not None:
                     self._namespace.release(found.lease_id)
-        if not pieces[0]:
-            return cache, 0
-        for layer in range(self._layers):
-            k, v = (torch.cat(pieces[2 * layer + n], dim=1).unsqueeze(0) for n in range(2))
-            cache.update(k, v, layer)
-        return cache, cache.get_seq_length()
+        if tokens:
+            for layer in range(self._layers):
+                k, v = states[2 * layer : 2 * layer + 2, :, :tokens]
+                # A copy of its own: the cache grows by making new tensors, and lets go of this one.
+                cache.update(k.unsqueeze(0), v.unsqueeze(0), layer)
+        return cache, tokens
 
     def save(self, token_ids: Sequence[int] | torch.Tensor, cache: Cache, *, session: str = "") -> int:
         """Stores the whole blocks of a cache that the store does not have yet. `token_ids`: what the cache was computed from; of

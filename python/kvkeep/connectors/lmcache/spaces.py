@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import kvkeep
+import torch
 from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey
 from lmcache.v1.memory_management import MemoryObj
 
@@ -39,8 +40,8 @@ class Options(StoreOptions):
     revisions: Mapping[str, str] = field(default_factory=dict)
     """Model to the digest of its weights, for a server of several models."""
     layout: str | None = None
-    """Names the bytes of objects where LMCache serializes them (`serde`) and their shapes do not tell: the KV's type, the chunk,
-    the serde and its settings. None: shapes and types of the objects."""
+    """Names the bytes of objects where their shapes and types do not tell, because LMCache serializes them (`serde`) or the engine
+    keeps its KV as bytes (8-bit floats): the KV's type, the chunk, the serde and its settings. None: shapes and types."""
     chunk_tokens: int = 256
     """LMCache's `chunk_size`."""
     allow_delete: bool = False
@@ -97,19 +98,18 @@ class Layout:
     object_bytes: int | None
 
     @classmethod
-    def of(cls, shapes: Sequence, dtypes: Sequence) -> Layout:
+    def of(cls, shapes: Sequence, dtypes: Sequence) -> Layout | None:
+        """None: bytes, of which it cannot be told what they are."""
+        if any(dtype in (torch.uint8, torch.int8) for dtype in dtypes):
+            return None
         size = sum(shape.numel() * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True))
         parts = (f"{str(dtype).removeprefix('torch.')}{list(shape)}" for shape, dtype in zip(shapes, dtypes))
         return cls("+".join(parts).replace(" ", ""), size)
 
     @classmethod
     def of_object(cls, obj: MemoryObj) -> Layout | None:
-        """None: a serialized one, of which it cannot be told what it holds."""
         meta = obj.meta
-        shapes, dtypes = (meta.shapes, meta.dtypes) if meta.shapes else ([meta.shape], [meta.dtype])
-        if [len(shape) for shape in shapes] == [1] and dtypes[0].itemsize == 1:
-            return None
-        return cls.of(shapes, dtypes)
+        return cls.of(meta.shapes, meta.dtypes) if meta.shapes else cls.of([meta.shape], [meta.dtype])
 
 
 class Spaces:
@@ -117,32 +117,32 @@ class Spaces:
 
     def __init__(self, client: kvkeep.Client, options: Options, regions: Iterable[kvkeep.Region]):
         self._client, self._options, self._regions = client, options, list(regions)
+        self._making = threading.Lock()
+        """Held while a namespace is made, which may read weights; nothing on LMCache's own threads waits for it."""
         self._lock = threading.Lock()
         self._spaces: dict[Kind, dict[str, Space]] = {}
         self._latest: dict[Kind, Layout] = {}
         self._revisions: dict[str, str | None] = {}
+        self._warned: set[tuple[Kind, str]] = set()
         self._closed = False
 
     def of_object(self, key: ObjectKey, obj: MemoryObj) -> Space | None:
         """Where an object is stored and read; None where nothing of its kind is shared."""
-        if self._options.layout:
-            return self._space(Kind.of(key), Layout(self._options.layout, None))
-        layout = Layout.of_object(obj)
-        if layout is None:
-            log.warning('kvkeep: serialized objects are stored only where adapter_params say their "layout"')
-            return None
-        return self._space(Kind.of(key), layout)
+        return self._space(Kind.of(key), self._named() or Layout.of_object(obj))
 
     def of_lookup(self, key: ObjectKey, layouts: Mapping[int, MemoryLayoutDesc]) -> Space | None:
         """Where a key is looked up. LMCache says the layout or leaves it out; then it is the one that was used last."""
         kind = Kind.of(key)
         if self._options.layout:
-            return self._space(kind, Layout(self._options.layout, None))
+            return self._space(kind, self._named())
         if said := (layouts or {}).get(key.object_group_id):
             return self._space(kind, Layout.of(said.shapes, said.dtypes))
         with self._lock:
             layout = self._latest.get(kind)
         return self._space(kind, layout) if layout else None
+
+    def _named(self) -> Layout | None:
+        return Layout(self._options.layout, None) if self._options.layout else None
 
     def of_kind(self, key: ObjectKey) -> list[Space]:
         with self._lock:
@@ -153,22 +153,38 @@ class Spaces:
             return [space for spaces in self._spaces.values() for space in spaces.values()]
 
     def close(self) -> None:
-        with self._lock:
+        with self._making, self._lock:
             self._closed = True
             spaces = [space for of_kind in self._spaces.values() for space in of_kind.values()]
             self._spaces.clear()
         for space in spaces:
             space.close()
 
-    def _space(self, kind: Kind, layout: Layout) -> Space | None:
+    def _space(self, kind: Kind, layout: Layout | None) -> Space | None:
+        if layout is None:
+            self._warn_once(kind, 'bytes are stored only where adapter_params name what they are ("layout")')
+            return None
         if layout.object_bytes is not None and layout.object_bytes > OBJECT_BYTES_MAX:
+            self._warn_once(kind, f"objects of {layout.object_bytes} bytes are larger than {OBJECT_BYTES_MAX}")
             return None
         with self._lock:
             self._latest[kind] = layout
             space = self._spaces.get(kind, {}).get(layout.text)
-            if space is None and not self._closed and (revision := self._revision(kind.model)):
-                space = self._spaces.setdefault(kind, {})[layout.text] = self._open(kind, layout, revision)
+        if space is not None:
             return space
+        with self._making:
+            # Another thread may have made it meanwhile.
+            space = self._spaces.get(kind, {}).get(layout.text)
+            if space is None and not self._closed and (revision := self._revision(kind.model)):
+                space = self._open(kind, layout, revision)
+                with self._lock:
+                    self._spaces.setdefault(kind, {})[layout.text] = space
+        return space
+
+    def _warn_once(self, kind: Kind, why: str) -> None:
+        if (kind, why) not in self._warned:
+            self._warned.add((kind, why))
+            log.warning("kvkeep: objects of %s, group %d, are not stored: %s", kind.model, kind.group, why)
 
     def _open(self, kind: Kind, layout: Layout, revision: str) -> Space:
         options = self._options
@@ -176,7 +192,7 @@ class Spaces:
         fmt = kvkeep.Format(
             kind.model[-200:],
             [kvkeep.Group(options.chunk_tokens, size, shards=kind.world)],
-            dtype=layout.text.split("[")[0][:200] if options.layout is None else "serialized",
+            dtype="bytes" if options.layout else layout.text.split("[")[0],
             layout=f"lmcache-{kind.group}-{hashlib.blake2b(layout.text.encode(), digest_size=16).hexdigest()}",
             hash_algorithm="lmcache",
             tokens_per_key=options.chunk_tokens,

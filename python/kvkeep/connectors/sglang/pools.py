@@ -79,7 +79,7 @@ class Pool:
             model[-200:],
             [kvkeep.Group(page_tokens, self._page_bytes, shards=shard.count, replicated=shard.replicated)],
             dtype=dtype,
-            layout=f"sglang-{self.name}-{type(host_pool).__name__}-{host_pool.layout}-{_layers(host_pool)}-{pieces}",
+            layout=f"sglang-{self.name}-{type(host_pool).__name__}-{host_pool.layout}-{_layers(config, host_pool)}-{pieces}",
             hash_algorithm="sglang-sha256",
             tokens_per_key=page_tokens,
             tp=config.tp_size,
@@ -188,10 +188,9 @@ class Pool:
                 return None
         if min(strides) <= 0:
             return None
-        low = min(first)
-        high = max(a + (pages - 1) * stride + size for a, stride, size in zip(first, strides, self._sizes))
+        # Each piece with the memory that it has in all pages: pieces may lie in allocations of their own.
         areas = [
-            (kvkeep.Place((low, high - low), address - low, size), stride)
+            (kvkeep.Place((address, (pages - 1) * stride + size), 0, size), stride)
             for address, size, stride in zip(first, self._sizes, strides)
         ]
         return kvkeep.Geometry(areas, pages)
@@ -219,8 +218,10 @@ def _place(addresses: list[int], sizes: list[int]) -> kvkeep.Place:
     return whole
 
 
-def _layers(host_pool) -> str:
-    return f"L{getattr(host_pool, 'start_layer', 0)}-{getattr(host_pool, 'end_layer', 0)}"
+def _layers(config: HiCacheStorageConfig, host_pool) -> str:
+    """Which of the model's; pools of recurrent state do not say, so the stage of the pipeline does."""
+    first, end = (getattr(host_pool, name, None) or 0 for name in ("start_layer", "end_layer"))
+    return f"L{first}-{end}-stage{config.pp_rank}of{config.pp_size}"
 
 
 def _regions(host_pool) -> list[kvkeep.Region]:

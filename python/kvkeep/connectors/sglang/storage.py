@@ -9,6 +9,7 @@ import itertools
 import logging
 import os
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import kvkeep
@@ -34,6 +35,14 @@ log = logging.getLogger("sglang.kvkeep")
 
 _QUIET_SECONDS = 30.0
 """Between two log lines about the same failure."""
+
+
+@dataclass(frozen=True)
+class Options(StoreOptions):
+    """What `"kvkeep"` in the backend's configuration may say; docs/engines/sglang.md explains it to users."""
+
+    draft_revision: str | None = None
+    """Digest of the draft model's weights; None: made from its folder."""
 
 
 def _misses(of):
@@ -67,7 +76,7 @@ class KVKeepStorage(HiCacheStorage):
     def __init__(self, storage_config: HiCacheStorageConfig, kwargs: dict[str, Any] | None = None):
         """Raises where the configuration is wrong or the release unknown; where only the store is missing, everything misses."""
         extra = storage_config.extra_config or {}
-        self._options = StoreOptions.of(extra.get("kvkeep") or {})
+        self._options = Options.of(extra.get("kvkeep") or {})
         versions.check("sglang", _version(), any_version=self._options.any_version)
         if not extra.get("interface_v1"):
             raise ValueError('kvkeep needs "interface_v1": 1 in --hicache-storage-backend-extra-config')
@@ -118,7 +127,7 @@ class KVKeepStorage(HiCacheStorage):
                 host_pool,
                 page_tokens=self.mem_pool_host.page_size,
                 dtype=self._dtype(host_pool),
-                revision=self._revision,
+                revision=self._revision_of(name),
             )
         except (Unsupported, kvkeep.Error) as e:
             log.warning("kvkeep: pages of pool %s are not stored: %s", name, e)
@@ -328,13 +337,24 @@ class KVKeepStorage(HiCacheStorage):
 
     def _dtype(self, host_pool) -> str:
         """Of the values, not of the bytes: every 8-bit float is kept as bytes, and they are not each other."""
-        stored = str(host_pool.dtype).removeprefix("torch.")
-        if stored != "uint8":
+        types = [getattr(host_pool, name, None) for name in ("dtype", "temporal_dtype", "conv_dtype")]
+        stored = "+".join(str(t).removeprefix("torch.") for t in types if t is not None)
+        if "int8" not in stored:
             return stored
         declared = getattr(_server_args(), "kv_cache_dtype", None)
         if declared in (None, "auto"):
             raise Unsupported("its values are bytes, and SGLang does not say of which type (--kv-cache-dtype)")
         return declared
+
+    def _revision_of(self, name: str) -> str:
+        """A draft model has weights of its own."""
+        if not name.startswith(PoolName.DRAFT.value):
+            return self._revision
+        folder = getattr(_server_args(), "speculative_draft_model_path", None)
+        draft = self._options.draft_revision or (weights.of_weights(folder) if folder else None)
+        if draft is None:
+            raise Unsupported('it is not known which weights the draft model has: say it with "draft_revision"')
+        return f"{self._revision}+{draft}"
 
 
 def _reached(pool: Pool, seconds: float) -> bool:

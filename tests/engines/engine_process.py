@@ -1,0 +1,85 @@
+"""A vLLM engine in a process of its own, driven by lines of JSON: one command a line on standard input, one answer a line on the
+descriptor that KVKEEP_TEST_ANSWERS names. `harness.Engine` is the other end."""
+
+import json
+import os
+import sys
+import time
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    answers = os.fdopen(int(os.environ.pop("KVKEEP_TEST_ANSWERS")), "w")
+    started = time.perf_counter()
+    from vllm import LLM, SamplingParams
+    from vllm.config import KVTransferConfig
+
+    connector = settings.pop("kv_transfer_config", None)
+    if connector:
+        settings["kv_transfer_config"] = KVTransferConfig(**connector)
+    llm = LLM(**settings)
+    say(answers, {"ready": True, "start_seconds": time.perf_counter() - started})
+    for line in sys.stdin:
+        command = json.loads(line)
+        try:
+            say(answers, COMMANDS[command.pop("do")](llm, SamplingParams, **command))
+        except Exception as e:  # noqa: BLE001: whatever it is, the test has to see it
+            say(answers, {"error": f"{type(e).__name__}: {e}"})
+
+
+def generate(llm, params_of, prompts, max_tokens, kv_transfer_params=None, logprobs=None):
+    """All prompts at once. Per prompt: tokens, how many of it came out of a cache, seconds until its first token and its last."""
+    extra = {"kv_transfer_params": kv_transfer_params} if kv_transfer_params else None
+    params = params_of(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, extra_args=extra, logprobs=logprobs)
+    started = time.perf_counter()
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    seconds = time.perf_counter() - started
+    out = []
+    for o in outputs:
+        m = o.metrics
+        out.append(
+            {
+                "tokens": list(o.outputs[0].token_ids),
+                "cached": o.num_cached_tokens,
+                "first_token_seconds": m.first_token_latency if m else None,
+                "decode_seconds": m.last_token_ts - m.first_token_ts if m else None,
+            }
+        )
+    return {"seconds": seconds, "outputs": out}
+
+
+def reset(llm, params_of, connector=False):
+    """Drops the engine's own cache; with `connector`, tells the connector as well."""
+    return {"done": llm.reset_prefix_cache(reset_connector=connector)}
+
+
+def metrics(llm, params_of, prefix="vllm:"):
+    """Counters by name, histograms as {"count", "sum", "buckets"}."""
+    out = {}
+    for metric in llm.get_metrics():
+        if metric.name.startswith(prefix):
+            if hasattr(metric, "value"):
+                out[metric.name] = metric.value
+            elif hasattr(metric, "buckets"):
+                out[metric.name] = {"count": metric.count, "sum": metric.sum, "buckets": metric.buckets}
+    return out
+
+
+def processes(llm, params_of):
+    """This process and all below it."""
+    import psutil
+
+    me = psutil.Process()
+    return {"pids": [me.pid] + [p.pid for p in me.children(recursive=True)]}
+
+
+COMMANDS = {"generate": generate, "reset": reset, "metrics": metrics, "processes": processes}
+
+
+def say(answers, what) -> None:
+    answers.write(json.dumps(what) + "\n")
+    answers.flush()
+
+
+if __name__ == "__main__":
+    main()

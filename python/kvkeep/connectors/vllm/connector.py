@@ -152,8 +152,9 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         if self._side is None:
             return
         # What is wrong here is wrong for good, and said at the start.
-        geometries, shared = layout.geometries(self._kv_cache_config, kv_caches, self._shape, self._share)
-        self._side.register(geometries)
+        geometries, region = layout.geometries(self._kv_cache_config, kv_caches, self._shape, self._share)
+        shared = region is not None and all(g.is_shared for g in geometries)
+        self._side.register(geometries, region)
         log.info("kvkeep: %d groups of KV, %s", len(geometries), "shared with the server" if shared else "through the socket")
 
     @_safely(lambda: None)
@@ -203,5 +204,5 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         return PromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def shutdown(self) -> None:
-        if isinstance(self._side, SchedulerSide):
+        if self._side is not None:
             self._side.close()

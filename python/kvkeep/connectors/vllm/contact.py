@@ -16,7 +16,7 @@ log = logging.getLogger("vllm.kvkeep")
 
 _READY_WAIT = 2.0
 """Seconds that one question for the server may take; asked again and again, in a thread of its own."""
-_REFUSED_PAUSE = 5.0
+_REFUSED_PAUSE = 1.0
 
 
 def instance_of(engine_id: str) -> bytes:
@@ -41,14 +41,15 @@ def namespace_of(options: Options, name: str, fmt: kvkeep.Format, revision: str,
 
 
 class Registration(threading.Thread):
-    """Registers the namespace as soon as the server is there, and says that the weights are others now, where they are.
+    """Registers the namespace (and memory) as soon as the server is there, and says that the weights are others now, where they are.
 
-    It ends when that is done. Meanwhile the engine runs with misses; it never waits for this.
+    It ends when that is done. Meanwhile the engine runs with misses; it never waits for this. Every process of an engine has one, so
+    that its first call finds all in place; only the scheduler's advances the revision.
     """
 
-    def __init__(self, namespace: kvkeep.Namespace, revision: str, *, advance: bool):
+    def __init__(self, namespace: kvkeep.Namespace, revision: str, *, advance: bool, region: kvkeep.Region | None = None):
         super().__init__(name="kvkeep-registration", daemon=True)
-        self._namespace, self._revision, self._advance = namespace, revision, advance
+        self._namespace, self._revision, self._advance, self._region = namespace, revision, advance, region
         self._stop = threading.Event()
 
     def run(self) -> None:
@@ -56,9 +57,13 @@ class Registration(threading.Thread):
         while not self._stop.is_set():
             try:
                 if self._namespace.ready(_READY_WAIT):
+                    if self._region is not None:
+                        self._namespace.register_region(self._region)
                     log.info("kvkeep: namespace %s is ready", self._namespace.name)
                     return
             except kvkeep.Error as e:
+                if self._stop.is_set():
+                    return
                 if e.kind == "stale_revision" and self._advance:
                     if self._moved_on():
                         return

@@ -141,8 +141,9 @@ def _rule(spec, window: int | None):
     raise Unsupported(f"KV of kind {type(spec).__name__} is not supported")
 
 
-def geometries(kv_cache_config, kv_caches: dict, shape: Shape, share: bool) -> tuple[list[kvkeep.Geometry], bool]:
-    """Where each group's blocks lie, and whether the server reaches them itself. `kv_caches`: layer to tensor, as vLLM hands them out.
+def geometries(kv_cache_config, kv_caches: dict, shape: Shape, share: bool):
+    """Where each group's blocks lie (a list of kvkeep.Geometry), and the region by which the server reaches them itself, or None.
+    `kv_caches`: layer to tensor, as vLLM hands them out.
 
     Raises Unsupported where the memory is not the host's, or does not lie as the configuration says.
     """
@@ -159,7 +160,7 @@ def geometries(kv_cache_config, kv_caches: dict, shape: Shape, share: bool) -> t
         if at != expected:
             raise Unsupported(f"a block of KV has {at} bytes, not {expected}")
         out.append(kvkeep.Geometry(areas, kv_cache_config.num_blocks))
-    return out, region is not None and all(g.is_shared for g in out)
+    return out, region
 
 
 def _allocation(kv_cache_config, kv_caches: dict) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import kvkeep
 
+from .contact import Registration
 from .layout import Shape
 from .matches import request_name
 from .messages import Blocks, Load, Save, Saved, Step, WorkerReport
@@ -62,9 +63,17 @@ class WorkerSide:
         self._report = WorkerReport()
         self._doubtful: Counter[int] = Counter()
         self._looked = 0.0
+        self._registration: Registration | None = None
 
-    def register(self, geometries: list[kvkeep.Geometry]) -> None:
+    def register(self, geometries: list[kvkeep.Geometry], region: kvkeep.Region | None) -> None:
+        """Where the blocks lie. From now on there is something to do."""
         self._geometries = geometries
+        self._registration = Registration(self._namespace, "", advance=False, region=region)
+        self._registration.start()
+
+    def close(self) -> None:
+        if self._registration is not None:
+            self._registration.stop()
 
     # In the order in which vLLM calls them in a step.
 

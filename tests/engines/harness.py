@@ -74,6 +74,12 @@ class Server:
         self.process.kill()
         self.process.wait()
 
+    def lose_power(self) -> None:
+        """SIGKILL, and what was in DRAM is gone."""
+        self.kill()
+        for arena in self.arena.iterdir():
+            shutil.rmtree(arena)
+
     def stop(self) -> None:
         if self.process and self.process.poll() is None:
             self.process.send_signal(signal.SIGCONT)
@@ -117,15 +123,19 @@ class Server:
 
     def wait_quiet(self, seconds: float = 30) -> None:
         """Until nobody puts any more, and nothing waits for NVMe."""
-        seen = []
+        seen: list[list[float]] = []
 
         def quiet() -> bool:
-            names = ("kvkeep_put_parts_total", "kvkeep_put_present_parts_total", "kvkeep_dirty_bytes", "kvkeep_reservations")
-            metrics = self.metrics()
-            seen.append([metrics[name] for name in names])
-            return len(seen) > 3 and seen[-1] == seen[-2] == seen[-3] and seen[-1][2:] == [0, 0]
+            status = self.status()
+            counters = status["counters"]
+            puts = [counters[f"kvkeep_put_{what}_total"] for what in ("parts", "present_parts", "refused_parts")]
+            seen.append([*puts, counters["kvkeep_dirty_bytes"], status["reservations"]])
+            return len(seen) > 3 and seen[-1] == seen[-2] == seen[-3] and seen[-1][3:] == [0, 0]
 
-        wait_until(quiet, seconds, "the server is quiet", every=0.1)
+        try:
+            wait_until(quiet, seconds, "the server is quiet", every=0.1)
+        except AssertionError as e:
+            raise AssertionError(f"{e}; parts put, present, refused, dirty bytes, reservations: {seen[-1]}") from None
 
 
 def free_port() -> int:

@@ -44,8 +44,8 @@ from .vllm.matches import request_name
 log = logging.getLogger("vllm.kvkeep")
 
 LOADS, STORES = 0, 1
-_LOOKUP_MAX = 0.1
-"""Seconds that a lookup waits for the server, in its thread."""
+_LOOKUP_MAX = 1.0
+"""Seconds that a lookup waits for the server, in its thread; one that is lost is noticed in 0.1 s."""
 _SETTLE_EVERY = 0.05
 
 

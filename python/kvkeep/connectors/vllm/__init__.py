@@ -22,6 +22,14 @@ vLLM makes one `KVKeepConnector` in its scheduler's process and one in each work
 docs/engines/vllm.md has the options, the table of keys, and what was tested.
 """
 
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
 from .connector import KVKeepConnector
+
+try:
+    # MultiConnector looks its children's classes up by name.
+    KVConnectorFactory.register_connector("KVKeepConnector", __name__, "KVKeepConnector")
+except ValueError:
+    pass  # registered already
 
 __all__ = ["KVKeepConnector"]

@@ -23,6 +23,8 @@ LOADS, SAVES = 0, 1
 QUEUES = 2
 _IDLE_WAIT = 0.002
 """Seconds that a step in which nothing is computed waits for what is under way, instead of going round at once."""
+_FENCED_WAIT = 0.02
+"""Age in seconds that a save may reach before it is taken back for somebody who needs its blocks in this step."""
 _TAKEN_BACK_WAIT = 1.0
 """Seconds that taking a save back may take at the very most; it takes some tens of microseconds."""
 _SETTLE_EVERY = 0.1
@@ -83,15 +85,23 @@ class WorkerSide:
             return
         self._collect_puts(self._namespace.poll(SAVES, 512))
         wanted = set(step.fences)
+        begun = [put.started for put in self._puts.values() if put.save.job in wanted]
+        if not begun or self._are_over(wanted, min(begun) + _FENCED_WAIT):
+            return
         for ticket, put in list(self._puts.items()):
             if put.save.job in wanted:
                 self._namespace.cancel(ticket)
-        until = time.monotonic() + _TAKEN_BACK_WAIT
-        while any(put.save.job in wanted for put in self._puts.values()):
-            if time.monotonic() > until:
-                log.error("kvkeep: a save was not taken back")
-                break
-            self._collect_puts(self._namespace.wait(SAVES, 512, 0.05))
+        if not self._are_over(wanted, time.monotonic() + _TAKEN_BACK_WAIT):
+            log.error("kvkeep: a save was not taken back")
+
+    def _are_over(self, jobs: set[int], until: float) -> bool:
+        """Whether none of these saves is under way any more; waits for it."""
+        while any(put.save.job in jobs for put in self._puts.values()):
+            left = until - time.monotonic()
+            if left <= 0:
+                return False
+            self._collect_puts(self._namespace.wait(SAVES, 512, left))
+        return True
 
     def start_loads(self, step: Step) -> None:
         for load in step.loads:

@@ -52,7 +52,7 @@ def server(folder):
     server.close()
 
 
-PROMPTS = {seed: 1024 for seed in range(1, 9)} | {11: 333, 12: 2048, 13: 700}
+PROMPTS = {seed: 1024 for seed in range(1, 9)} | {11: 333, 12: 2048, 13: 700, 14: 1010, 15: 1010, 16: 1010}
 """Seeds of the prompts that are compared, and their tokens."""
 NEW_TOKENS = 12
 

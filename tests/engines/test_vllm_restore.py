@@ -85,6 +85,25 @@ def test_several_at_once_say_what_each_says_alone(engine, server, plain):
     assert [o["cached"] for o in again] == [(PROMPTS[s] - 1) // BLOCK * BLOCK for s in seeds]
 
 
+def test_a_conversation_is_a_session_of_the_store(engine, server):
+    first = prompt(41, 300)
+    turn = {"kvkeep": {"session": "conversation-41", "kind": "chat"}}
+    engine.reset()
+    said = engine.generate(first, 20, kv_transfer_params=turn)["tokens"]
+
+    def session() -> dict | None:
+        found = server.ctl("session", "list")["sessions"]
+        return next((s for s in found if s["id"] == "conversation-41"), None)
+
+    wait_until(lambda: session() and session()["positions"] == (300 + 19) // BLOCK, 10, "its first turn is in the session")
+    second = first + said + prompt(42, 100)
+    engine.generate(second, 20, kv_transfer_params=turn)
+    wait_until(lambda: session()["positions"] == (420 + 19) // BLOCK, 10, "its second turn is in the session")
+    # An answer that was edited: it goes another way from there on.
+    engine.generate(first + prompt(43, 60), 1, kv_transfer_params=turn)
+    wait_until(lambda: session()["positions"] == 360 // BLOCK, 10, "the session follows")
+
+
 def test_resetting_the_connector_affects_this_engine_and_not_the_store(engine, server, plain, folder):
     positions = server.status()["positions"]
     engine.reset(connector=True)

@@ -217,6 +217,8 @@ class KVKeepTier(SecondaryTierManager):
                     continue
             else:
                 kept = done.stored.kept if done.stored is not None else 0
+                if why := done.error if done.stored is None else done.stored.error:
+                    log.info("kvkeep: %d of %d chunks were stored: %s", kept, len(flying.keys), why)
                 result = JobResult(job.job_id, kept == len(flying.keys), None, seconds, kept * self.block_size_bytes)
                 if self._events is not None and kept:
                     self._events.append(OffloadingEvent(flying.keys[:kept], Medium.STORAGE, removed=False, ownership="kvkeep"))

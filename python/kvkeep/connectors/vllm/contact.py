@@ -17,6 +17,9 @@ log = logging.getLogger("vllm.kvkeep")
 _READY_WAIT = 2.0
 """Seconds that one question for the server may take; asked again and again, in a thread of its own."""
 _REFUSED_PAUSE = 1.0
+_PATIENCE = {"scheduler": 0.1, "worker": 0.3}
+"""Seconds of silence after which the server is lost. A prompt waits for the scheduler's questions. Of the workers' transfers only those
+under way wait longer, and a server on a busy host that is late by 0.2 s need not lose what was computed."""
 
 
 def instance_of(engine_id: str) -> bytes:
@@ -36,7 +39,7 @@ def revision_of(options: Options, vllm_config) -> str | None:
 
 def namespace_of(options: Options, name: str, fmt: kvkeep.Format, revision: str, engine_id: str, role: str, queues: int):
     """Nothing connects yet."""
-    client = kvkeep.Client(options.endpoint, name=f"vllm {role}", instance=instance_of(engine_id))
+    client = kvkeep.Client(options.endpoint, name=f"vllm {role}", instance=instance_of(engine_id), patience=_PATIENCE[role])
     return client.namespace(name, fmt, revision, queues=queues, in_flight_max=512)
 
 

@@ -233,8 +233,9 @@ class WorkerSide:
                 if kept < 0:
                     break
                 stored += 1
-            if done.stored is None and done.error is not None:
-                log.error("kvkeep: a save was wrong: %s", done.error)
+            why = done.error if done.stored is None else done.stored.error
+            if why is not None:
+                log.info("kvkeep: %d of %d blocks were saved: %s", stored, len(put.save.blocks), why)
             self._saved(put.save, stored, done.cancelled)
 
     def _saved(self, save: Save, stored: int, abandoned: bool) -> None:

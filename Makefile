@@ -88,6 +88,13 @@ wheel: ## One wheel for Python: module, connectors, kvkeepd and kvkeepctl
 	@$(if $(PROGRAMS),,$(MAKE) build)
 	@PROGRAMS="$(or $(PROGRAMS),$(BIN))" python/wheel.sh
 
+# ENGINES: what tests/engines/run takes; none: every test. `make test-engines ENGINES=bench` writes docs/benchmarks-engines.json.
+ENGINES ?=
+
+.PHONY: test-engines
+test-engines: build wheel ## Real engines on the store: makes their environment (7 GB), then half an hour of tests
+	@tests/engines/run $(ENGINES)
+
 # Each prints its floor and its figures; their flags and defaults stand at the head of their files.
 EXAMPLES := kvkeep-core/directory_cost kvkeep-tiers/arena_cost kvkeep-node/index_open kvkeep-tiers/device_bench \
             kvkeep-bench/generator_speed kvkeep-raft/appends

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """LMCache's own storage manager over KVKeep, without an engine and without a GPU: chunks are stored, dropped, and prefetched.
 
-    python lmcache_l2.py [ENDPOINT]        for example local:/tmp/kvkeep-example?dram=256MiB&nvme=1GiB
+python lmcache_l2.py [ENDPOINT]        for example local:/tmp/kvkeep-example?dram=256MiB&nvme=1GiB
 """
 
 import os
@@ -29,7 +29,9 @@ def main() -> None:
         }
     )
     memory = L1MemoryManagerConfig(64 << 20, use_lazy=False, shm_name=f"lmcache_l1_pool_example_{os.getpid()}")
-    manager = StorageManager(StorageManagerConfig(L1ManagerConfig(memory), EvictionConfig("LRU"), L2AdaptersConfig([adapter])))
+    manager = StorageManager(
+        StorageManagerConfig(L1ManagerConfig(memory), EvictionConfig("LRU"), L2AdaptersConfig([adapter]))
+    )
     try:
         # Keys and values of 256 tokens: 2 MiB.
         layout = MemoryLayoutDesc(shapes=[torch.Size([2, 8, 256, 256])], dtypes=[torch.bfloat16])
@@ -44,7 +46,9 @@ def main() -> None:
         until = time.monotonic() + 30
         while l2.get_usage().total_bytes_used < sum(map(len, content.values())) and time.monotonic() < until:
             time.sleep(0.01)
-        print(f"stored {l2.get_usage().total_bytes_used >> 20} MiB; the server reads LMCache's memory itself: {l2.is_shared}")
+        print(
+            f"stored {l2.get_usage().total_bytes_used >> 20} MiB; the server reads LMCache's memory itself: {l2.is_shared}"
+        )
         while manager.delete_l1_keys(keys)[1]:
             time.sleep(0.01)
         started = time.perf_counter()

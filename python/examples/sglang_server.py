@@ -28,7 +28,14 @@ def extra_config(endpoint: str, **options) -> dict:
 
 def serve(model: str, endpoint: str, more: list[str]) -> None:
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, "--enable-hierarchical-cache"]
-    command += ["--hicache-ratio", "1.1", "--hicache-mem-layout", "page_first", "--hicache-write-policy", "write_through"]
+    command += [
+        "--hicache-ratio",
+        "1.1",
+        "--hicache-mem-layout",
+        "page_first",
+        "--hicache-write-policy",
+        "write_through",
+    ]
     command += ["--hicache-storage-backend", "dynamic"]
     command += ["--hicache-storage-backend-extra-config", json.dumps(extra_config(endpoint)), *more]
     os.execv(command[0], command)
@@ -47,8 +54,17 @@ def check(endpoint: str) -> None:
     pointers = [torch.tensor([t.data_ptr() for t in ts], dtype=torch.uint64) for ts in (k, v)]
     known = {"k": tuple(k), "v": tuple(v), "k_data_ptrs": pointers[0], "v_data_ptrs": pointers[1]}
     buffers = KVBuffers(**{f: known.get(f) for f in KVBuffers.__struct_fields__})
-    shape = dict(page_size=page, head_num=heads, head_dim=dim, v_head_dim=dim, dtype=torch.bfloat16, device=torch.device("cpu"))
-    how = dict(pin_memory=False, device="cpu", allocator_type="shm", device_capacity_tokens=page, start_layer=0, end_layer=layers)
+    shape = dict(
+        page_size=page, head_num=heads, head_dim=dim, v_head_dim=dim, dtype=torch.bfloat16, device=torch.device("cpu")
+    )
+    how = dict(
+        pin_memory=False,
+        device="cpu",
+        allocator_type="shm",
+        device_capacity_tokens=page,
+        start_layer=0,
+        end_layer=layers,
+    )
     pool = mha.MHATokenToKVPoolHost(MHABufferInfo(buffers=buffers, **shape), 2.0 * pages, 0, page, "page_first", **how)
     pool.kv_buffer.random_(-1000, 1000)
     rank = dict(tp_rank=0, tp_size=1, pp_rank=0, pp_size=1, attn_cp_rank=0, attn_cp_size=1, is_mla_model=False)

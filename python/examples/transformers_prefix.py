@@ -10,9 +10,8 @@ import sys
 import time
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
-
 from kvkeep.connectors.transformers import PrefixStore
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 ENDPOINT = "local:/tmp/kvkeep-example?dram=256MiB&nvme=1GiB&idle=5"
 TURNS, TOKENS = 4, 256

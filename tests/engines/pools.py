@@ -1,9 +1,11 @@
-"""SGLang's own host pools on a machine without a GPU, and its own factory for a storage backend."""
+"""SGLang's own host pools on a machine without a GPU, its own factory for a storage backend, and what the tests of both share."""
 
 from __future__ import annotations
 
+import pytest
 import sglang.srt.mem_cache.pool_host.base as base
 import torch
+from harness import Server
 from sglang.srt.mem_cache.device_pool_info import KVBuffers, MambaStateBufferInfo, MHABufferInfo, MLABufferInfo
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
 from sglang.srt.mem_cache.pool_host.mamba import MambaPoolHost
@@ -21,7 +23,9 @@ def _pointers(tensors) -> torch.Tensor:
     return torch.tensor([t.data_ptr() for t in tensors], dtype=torch.uint64)
 
 
-def mha_pool(layout: str, *, pages: int = 64, layers: int = 4, heads: int = 4, dim: int = 64, page: int = PAGE, shm: bool = False):
+def mha_pool(
+    layout: str, *, pages: int = 64, layers: int = 4, heads: int = 4, dim: int = 64, page: int = PAGE, shm: bool = False
+):
     """`pages` pages of keys and values."""
     k, v = ([torch.zeros(page, heads, dim, dtype=torch.bfloat16) for _ in range(layers)] for _ in "kv")
     known = {"k": tuple(k), "v": tuple(v), "k_data_ptrs": _pointers(k), "v_data_ptrs": _pointers(v)}
@@ -113,13 +117,24 @@ def indices(pool, pages) -> torch.Tensor:
     return torch.cat([torch.arange(page * size, (page + 1) * size) for page in pages])
 
 
-def config(endpoint: str, *, rank: int = 0, ranks: int = 1, mla: bool = False, cp: int = 1, stage: int = 0, stages: int = 1, interface=1, **options):
+def config(
+    endpoint: str,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    mla: bool = False,
+    cp: int = 1,
+    stage: int = 0,
+    stages: int = 1,
+    interface=1,
+    **options,
+):
     return HiCacheStorageConfig(
         tp_rank=rank,
         tp_size=ranks,
         pp_rank=stage,
         pp_size=stages,
-        attn_cp_rank=0,
+        attn_cp_rank=cp_rank,
         attn_cp_size=cp,
         is_mla_model=mla,
         enable_storage_metrics=False,
@@ -146,3 +161,45 @@ def backend(endpoint: str, pool, **how):
 def ready(made) -> None:
     """So that a test sees no miss of the first moment."""
     assert made.wait_ready(30)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("sglang") / "data", dram="768MiB", nvme="2GiB").start()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def own_server(tmp_path):
+    """One that a test may kill."""
+    server = Server(tmp_path / "data", dram="256MiB", nvme="1GiB").start()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def made(server):
+    """Makes backends, and closes them."""
+    all_made = []
+
+    def make(pool, *, at=None, **how):
+        all_made.append(backend((at or server).endpoint, pool, **how))
+        ready(all_made[-1])
+        return all_made[-1]
+
+    yield make
+    for one in all_made:
+        one.close()
+
+
+_next = iter(range(1 << 40))
+
+
+def page_keys(count: int) -> list[str]:
+    """Hashes that no other test has."""
+    return [f"{next(_next):064x}" for _ in range(count)]
+
+
+def same(pool, pages, other, other_pages) -> bool:
+    return all(page_of(pool, a) == page_of(other, b) for a, b in zip(pages, other_pages, strict=True))

@@ -1,6 +1,6 @@
 """KVKeep behind transformers: caches saved and restored by prefix, with the same logits to the bit, against a real `kvkeepd`.
 
-    tests/engines/run test_transformers.py        one test: -k name
+tests/engines/run test_transformers.py        one test: -k name
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ import time
 import pytest
 import torch
 from harness import Server, wait_until
-from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
-
 from kvkeep.connectors import transformers as connector
 from kvkeep.connectors.transformers import PrefixStore, Unsupported, of_parameters
 from kvkeep.connectors.versions import UnknownVersion
+from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 BOUND = 5.0
 """Seconds: far above what a lost server may cost, far below a hang."""
@@ -186,7 +185,7 @@ def test_leases_are_released(made, server):
 
 
 def test_other_weights_restore_nothing(tmp_path, made):
-    server = Server(tmp_path / "data", dram="128MiB", nvme="off").start()
+    server = Server(tmp_path / "data", dram="128MiB", nvme="512MiB").start()
     try:
         old_model, new_model, ids = model_of(seed=10), model_of(seed=11), prompt(10, 200)
         assert of_parameters(old_model) != of_parameters(new_model)
@@ -224,7 +223,11 @@ def test_a_cache_of_another_model_is_refused(made):
     ids = prompt(14, 200)
     model = model_of(seed=14)
     store = made(model)
-    for changes, message in ((dict(num_hidden_layers=5), "4 layers"), (dict(num_key_value_heads=2), "2 heads"), (dict(dtype=torch.float32), "float32")):
+    for changes, message in (
+        (dict(num_hidden_layers=5), "4 layers"),
+        (dict(num_key_value_heads=2), "2 heads"),
+        (dict(dtype=torch.float32), "float32"),
+    ):
         with pytest.raises(Unsupported, match=message):
             store.save(ids, cold(model_of(seed=14, **changes), ids)[1])
     with pytest.raises(Unsupported, match="2 sequences"):
@@ -234,7 +237,9 @@ def test_a_cache_of_another_model_is_refused(made):
 
 
 def test_models_whose_cache_is_something_else_are_refused(server):
-    window = Gemma3TextConfig(**SMALL | dict(head_dim=32, sliding_window=64, layer_types=["sliding_attention", "full_attention"] * 2))
+    window = Gemma3TextConfig(
+        **SMALL | dict(head_dim=32, sliding_window=64, layer_types=["sliding_attention", "full_attention"] * 2)
+    )
     with pytest.raises(Unsupported, match="DynamicSlidingWindowLayer"):
         PrefixStore(window, server.endpoint, revision="1", dtype=torch.bfloat16)
     rope = LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})

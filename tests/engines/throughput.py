@@ -43,10 +43,12 @@ def sglang(server: Server) -> dict:
         for shm in (True, False):
             pool = pools.mha_pool(layout, pages=2 * PAGES, shm=shm, **SHAPE)
             pools.fill(pool, 1)
-            store = pools.backend(server.endpoint, pool)
+            store = pools.backend(server.endpoint, pool, patience_seconds=2.0)
             pools.ready(store)
             size = PAGES * store._pools["kv"].page_bytes
             first, second = pools.indices(pool, range(PAGES)), pools.indices(pool, range(PAGES, 2 * PAGES))
+            half = pool.kv_buffer.view(-1).view(torch.uint8)[: size // 2]
+            into = torch.empty_like(half)
             rounds = []
             for n in range(ROUNDS + 1):
                 keys = [f"{layout}{shm}{n}{i}".encode().hex().rjust(64, "0")[-64:] for i in range(PAGES)]
@@ -55,8 +57,6 @@ def sglang(server: Server) -> dict:
                 assert store.batch_exists(keys) == PAGES
                 exists = time.perf_counter() - started
                 get = gbps(size, lambda: all(store.batch_get_v1(keys, second)))
-                half = pool.kv_buffer.reshape(-1)[: size // 2]
-                into = torch.empty_like(half) if n == 0 else into
                 copy = gbps(size // 2, lambda: into.copy_(half) is into)
                 assert pools.page_of(pool, 3) == pools.page_of(pool, PAGES + 3)
                 rounds.append({"put": put, "get": get, "copy": copy, "exists_us": exists * 1e6})
@@ -68,10 +68,11 @@ def sglang(server: Server) -> dict:
 
 
 def lmcache(server: Server) -> dict:
-    import test_lmcache as tests
+    import chunks
+    from kvkeep.connectors.lmcache.spaces import position_of
     from lmcache.v1.distributed.api import MemoryLayoutDesc
-    from lmcache.v1.distributed.l2_adapters import create_l2_adapter
     from lmcache.v1.distributed.config import L1MemoryManagerConfig
+    from lmcache.v1.distributed.l2_adapters import create_l2_adapter
     from lmcache.v1.distributed.memory_manager.l1_memory_manager import L1MemoryManager
 
     # A chunk of 256 tokens of the same model: 24 MiB; 8 of them are 32 pages.
@@ -79,26 +80,26 @@ def lmcache(server: Server) -> dict:
     out = {}
     for name in ("", "lmcache_l1_pool_kvkeep_throughput"):
         manager = L1MemoryManager(L1MemoryManagerConfig(512 << 20, False, shm_name=name))
-        adapter = create_l2_adapter(tests.plugin(server.endpoint), manager.get_l1_memory_desc())
+        adapter = create_l2_adapter(chunks.plugin(server.endpoint, patience_seconds=2.0), manager.get_l1_memory_desc())
         assert adapter.is_shared == bool(name)
         source, into = manager.allocate(desc, 8)[1], manager.allocate(desc, 8)[1]
         for n, obj in enumerate(source):
             obj.raw_data.random_(generator=torch.Generator().manual_seed(n))
         size = sum(obj.get_size() for obj in source)
-        tests.stored(adapter, tests.object_keys(1), source[:1])
+        chunks.stored(adapter, chunks.object_keys(1), source[:1])
         rounds = []
         for _ in range(ROUNDS + 1):
-            keys = tests.object_keys(8)
-            put = gbps(size, lambda: tests.store(adapter, keys, source).is_successful())
+            keys = chunks.object_keys(8)
+            put = gbps(size, lambda: chunks.store(adapter, keys, source).is_successful())
             started = time.perf_counter()
-            assert all(tests.lookup(adapter, keys, {0: desc}))
+            assert all(chunks.lookup(adapter, keys, {0: desc}))
             exists = time.perf_counter() - started
-            get = gbps(size, lambda: all(tests.load(adapter, keys, into)))
-            assert tests.same(source, into)
+            get = gbps(size, lambda: all(chunks.load(adapter, keys, into)))
+            assert chunks.same(source, into)
             adapter.submit_unlock(keys)
             rounds.append({"put": put, "get": get, "exists_us": exists * 1e6})
             for space in adapter._spaces.all():
-                space.namespace.remove([tests.position_of(key) for key in keys])
+                space.namespace.remove([position_of(key) for key in keys])
         out["shared" if name else "socket"] = medians(rounds[1:])
         adapter.close()
         manager.free(source + into)
@@ -111,12 +112,14 @@ def main() -> None:
     figures = {}
     for engine in (sglang, lmcache):
         with tempfile.TemporaryDirectory() as folder:
-            server = Server(Path(folder) / "data", dram="3GiB", nvme="off").start()
+            server = Server(Path(folder) / "data", dram="3GiB", nvme="off", KVKEEP_NO_NVME="true").start()
             try:
                 figures[engine.__name__] = engine(server)
             finally:
                 server.close()
-    print(json.dumps({"kvkeep": kvkeep.__version__, "pages": PAGES, "page_bytes": 6 << 20, "gb_per_s": figures}, indent=1))
+    print(
+        json.dumps({"kvkeep": kvkeep.__version__, "pages": PAGES, "page_bytes": 6 << 20, "gb_per_s": figures}, indent=1)
+    )
 
 
 if __name__ == "__main__":

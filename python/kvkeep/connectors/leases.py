@@ -19,7 +19,9 @@ def look_up(
     """Which positions are here with all their parts, one by one; these are leased, and on their way to DRAM."""
     found = namespace.match(keys, lease=ttl, promote=True, statuses=True, call=call)
     there = [status == kvkeep.HIT for status in found.statuses] or [False] * len(keys)
-    behind = [key for key, is_there in zip(keys[found.boundary_positions :], there[found.boundary_positions :]) if is_there]
+    behind = [
+        key for key, is_there in zip(keys[found.boundary_positions :], there[found.boundary_positions :]) if is_there
+    ]
     if not behind:
         return there, found.lease
     # The lease of a match ends at its boundary; this is the same one, made longer.

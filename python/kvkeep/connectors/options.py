@@ -29,6 +29,9 @@ class StoreOptions:
     """A load that takes longer has failed."""
     save_seconds_max: float = 10.0
     """A save that takes longer has failed."""
+    patience_seconds: float = 0.3
+    """A server that is silent for so long is lost until it speaks again. All calls are on threads that move KV in the background,
+    so a little more than on a scheduler's: a busy host is not a lost server."""
     cls: str = "cache"
     """Class of what is saved: cache, replicated, durable."""
     share_memory: bool = True

@@ -56,12 +56,14 @@ class PrefixStore:
         advance_revision: bool = True,
         lease_seconds: float = 30.0,
         deadline: float = 10.0,
+        patience: float = 0.3,
         cls: str = "cache",
         any_version: bool = False,
     ):
         """`endpoint` None: `KVKEEP_ENDPOINT`, else a server on this host. `revision`: digest of the weights; None: made from the
         model's parameters as they are now, so make another store when they (or its adapters) change. `dtype` None: the model's.
-        `salt`: who does not have it does not find what was saved with it. Times in seconds.
+        `salt`: who does not have it does not find what was saved with it. `patience`: a server that is silent for so long is lost
+        until it speaks again. Times in seconds.
 
         Raises Unsupported for a model whose cache is not keys and values of every token, ValueError for a configuration without
         `revision` and `dtype`, versions.UnknownVersion.
@@ -70,7 +72,9 @@ class PrefixStore:
         self._config = model if isinstance(model, PreTrainedConfig) else model.config
         if isinstance(model, PreTrainedConfig):
             if revision is None or dtype is None:
-                raise ValueError("a configuration does not tell the weights: name their revision and dtype, or pass the model")
+                raise ValueError(
+                    "a configuration does not tell the weights: name their revision and dtype, or pass the model"
+                )
         else:
             revision, dtype = revision or of_parameters(model), dtype or model.dtype
         self._dtype, self._block_tokens, self._cls = dtype, block_tokens, cls
@@ -87,7 +91,7 @@ class PrefixStore:
             hash_algorithm="sha256-u32le",
             tokens_per_key=block_tokens,
         )
-        client = kvkeep.Client(endpoint, name="transformers", deadline=deadline)
+        client = kvkeep.Client(endpoint, name="transformers", deadline=deadline, patience=patience)
         full = namespace or f"transformers/{name}/{fmt.fingerprint[:12]}"
         self._namespace = client.namespace(full, fmt, revision)
         self._registration = Registration(self._namespace, revision, advance=advance_revision, log=log)
@@ -196,7 +200,9 @@ class PrefixStore:
         while at < len(keys):
             staging = self._staging_memory()
             count = min(staging.blocks, len(keys) - at)
-            got = self._namespace.get_into(keys[at : at + count], staging.geometry, list(range(count)), lease=lease, call=call)
+            got = self._namespace.get_into(
+                keys[at : at + count], staging.geometry, list(range(count)), lease=lease, call=call
+            )
             if got.hits:
                 yield staging.view(self, got.hits)
             if got.in_doubt and not self._namespace.settle(1.0):
@@ -282,7 +288,9 @@ def _shape(config: PreTrainedConfig) -> tuple[int, int, int]:
     layers = DynamicCache(config=config).layers
     others = sorted({type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer})
     if others or not layers:
-        raise Unsupported(f"{text.model_type} keeps more or less than keys and values of every token: {', '.join(others) or 'no layers'}")
+        raise Unsupported(
+            f"{text.model_type} keeps more or less than keys and values of every token: {', '.join(others) or 'no layers'}"
+        )
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind in _LENGTH_DEPENDENT:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import kvkeep
+
 from lmcache.lmcache_native import Bitmap
 from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey
 from lmcache.v1.distributed.internal_api import L1MemoryDesc, L2StoreResult
@@ -97,7 +98,7 @@ class KVKeepAdapter(L2AdapterInterface):
             region = region_at(l1_memory_desc.ptr, l1_memory_desc.size)
         self.is_shared = region is not None
         """The server fills and reads LMCache's memory itself."""
-        client = kvkeep.Client(self._options.endpoint, name="lmcache")
+        client = kvkeep.Client(self._options.endpoint, name="lmcache", patience=self._options.patience_seconds)
         self._spaces = Spaces(client, self._options, [region] if region else [])
         self._stores, self._lookups, self._loads = _Tasks("store"), _Tasks("lookup"), _Tasks("load")
         self._numbers = itertools.count(1)
@@ -155,7 +156,9 @@ class KVKeepAdapter(L2AdapterInterface):
 
     # Lookup and lock: a lease.
 
-    def submit_lookup_and_lock_task(self, keys: list[ObjectKey], group_layout_descs: dict[int, MemoryLayoutDesc]) -> int:
+    def submit_lookup_and_lock_task(
+        self, keys: list[ObjectKey], group_layout_descs: dict[int, MemoryLayoutDesc]
+    ) -> int:
         keys = list(keys)
 
         def failure(e: Exception) -> Bitmap:
@@ -237,7 +240,9 @@ class KVKeepAdapter(L2AdapterInterface):
         go on with it at any time, so the task does not end before it cannot: it was continued, or is gone."""
         started = time.monotonic()
         while got.in_doubt and not space.namespace.settle(_SETTLE_WAIT):
-            log.warning("kvkeep: the server may still be writing what was given up %.0f s ago", time.monotonic() - started)
+            log.warning(
+                "kvkeep: the server may still be writing what was given up %.0f s ago", time.monotonic() - started
+            )
 
     def _fits(self, obj: MemoryObj, length: int) -> bool:
         if length == obj.get_size():
@@ -308,7 +313,9 @@ def _grouped(keys: Sequence[ObjectKey], spaces: Sequence[Space | None]) -> Itera
         yield space, items
 
 
-def _positions(keys: Sequence[ObjectKey], items: list[int]) -> tuple[list[bytes], list[list[tuple[int, int]]], list[int]]:
+def _positions(
+    keys: Sequence[ObjectKey], items: list[int]
+) -> tuple[list[bytes], list[list[tuple[int, int]]], list[int]]:
     """Positions, per position the parts that are meant, and the items in the order in which the store counts them."""
     by_position: dict[bytes, list[int]] = {}
     for n in items:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import kvkeep
 import torch
+
 from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey
 from lmcache.v1.memory_management import MemoryObj
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import kvkeep
 import torch
+
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig, PoolName
 from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
 
@@ -127,7 +128,9 @@ class Pool:
 
     # Bytes.
 
-    def get(self, keys: Sequence[bytes], host_indices: torch.Tensor, lease: int | None, call: kvkeep.Call) -> list[bool]:
+    def get(
+        self, keys: Sequence[bytes], host_indices: torch.Tensor, lease: int | None, call: kvkeep.Call
+    ) -> list[bool]:
         """Fills pages. A page of which the answer is False holds anything, and nobody writes it any more."""
         places, blocks = self._places(host_indices, len(keys))
         got = self._namespace.get_into(keys, places, blocks, parts=self._parts, lease=lease, call=call)
@@ -136,7 +139,10 @@ class Pool:
             # with it at any time, so there is nothing to do but to wait until it cannot: it was continued, or has ended.
             started = time.monotonic()
             while not self._namespace.settle(_SETTLE_WAIT):
-                log.warning("kvkeep: the server may still be writing pages that were given up %.0f s ago", time.monotonic() - started)
+                log.warning(
+                    "kvkeep: the server may still be writing pages that were given up %.0f s ago",
+                    time.monotonic() - started,
+                )
         return [status == kvkeep.HIT for status in got.statuses]
 
     def put(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import kvkeep
+
 import sglang
 from sglang.srt.mem_cache.hicache_storage import (
     HiCacheStorage,
@@ -91,7 +92,7 @@ class KVKeepStorage(HiCacheStorage):
                 storage_config.model_name,
             )
         rank = f"sglang {storage_config.tp_rank}/{storage_config.tp_size}"
-        self._client = kvkeep.Client(self._options.endpoint, name=rank)
+        self._client = kvkeep.Client(self._options.endpoint, name=rank, patience=self._options.patience_seconds)
         self._pools: dict[str, Pool] = {}
         self._leases: dict[str, Leases] = {}
         self._requests = itertools.count()
@@ -154,13 +155,17 @@ class KVKeepStorage(HiCacheStorage):
         return self.batch_exists([key]) == 1
 
     @_misses(_none_of)
-    def batch_get_v1(self, keys: list[str], host_indices, extra_info: HiCacheStorageExtraInfo | None = None) -> list[bool]:
+    def batch_get_v1(
+        self, keys: list[str], host_indices, extra_info: HiCacheStorageExtraInfo | None = None
+    ) -> list[bool]:
         if self._is_logical():
             return [True] * len(keys)
         return self._got(PoolName.KV, keys, host_indices, extra_info)
 
     @_misses(_none_of)
-    def batch_set_v1(self, keys: list[str], host_indices, extra_info: HiCacheStorageExtraInfo | None = None) -> list[bool]:
+    def batch_set_v1(
+        self, keys: list[str], host_indices, extra_info: HiCacheStorageExtraInfo | None = None
+    ) -> list[bool]:
         if self._is_logical():
             return [True] * len(keys)
         return self._put(PoolName.KV, keys, host_indices, extra_info)

@@ -134,7 +134,7 @@ def config(
         tp_size=ranks,
         pp_rank=stage,
         pp_size=stages,
-        attn_cp_rank=cp_rank,
+        attn_cp_rank=0,
         attn_cp_size=cp,
         is_mla_model=mla,
         enable_storage_metrics=False,

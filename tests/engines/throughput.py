@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Bytes through the thin connectors: 32 pages of 64 tokens each way, beside a plain copy of the same bytes in the same process.
 
-    tests/engines/run throughput.py        prints JSON; GB/s, the median of ROUNDS
+Prints JSON: GB/s, the median of ROUNDS; microseconds of a lookup. In the environment of `tests/engines/run`:
+
+    PYTHONPATH=... KVKEEP_KVKEEPD=... .../venv/bin/python tests/engines/throughput.py
 
 Written once: what is read was just stored, and lies in the server's DRAM.
 """

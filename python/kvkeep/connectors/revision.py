@@ -22,11 +22,18 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 _CONFIGURATION = ("config.json", "adapter_config.json", "quantize_config.json", "hf_quant_config.json")
 
 
-def of_weights(folder: str | os.PathLike[str]) -> str | None:
-    """Digest of the weights in a model's (or an adapter's) folder; None where it has none or cannot be read: do not share."""
-    folder = Path(folder)
+def of_weights(model: str | os.PathLike[str], hub_revision: str | None = None) -> str | None:
+    """Digest of a model's (or an adapter's) weights; None where there are none or they cannot be read: do not share.
+
+    `model`: its folder, or its name on a hub, of which the local copy is read (of `hub_revision`; None: main). Nothing is fetched.
+    """
+    folder = Path(model) if os.path.isdir(model) else _local_copy(str(model), hub_revision)
+    if folder is None:
+        return None
     try:
-        files = sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)})
+        # Engines load safetensors where there are some; another copy of the model may lack the rest.
+        files = sorted(folder.glob("*.safetensors"))
+        files = files or sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)})
         if not files:
             return None
         digest = hashlib.blake2b(digest_size=16)
@@ -40,6 +47,17 @@ def of_weights(folder: str | os.PathLike[str]) -> str | None:
                     _take(digest, sample)
         return digest.hexdigest()
     except (OSError, ValueError):
+        return None
+
+
+def _local_copy(name: str, hub_revision: str | None) -> Path | None:
+    """Where huggingface_hub keeps what it fetched of a model."""
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, revision=hub_revision, local_files_only=True))
+    except Exception:
+        # No such package, no such name, nothing fetched: their errors have no common kind.
         return None
 
 
@@ -57,9 +75,7 @@ def _samples(file, path: Path):
             raise ValueError("no safetensors header")
         header = file.read(length)
         yield header
-        spans = [
-            tuple(tensor["data_offsets"]) for name, tensor in json.loads(header).items() if name != "__metadata__"
-        ]
+        spans = [tuple(tensor["data_offsets"]) for name, tensor in json.loads(header).items() if name != "__metadata__"]
         ranges = [(8 + length + first, 8 + length + end) for first, end in sorted(spans)]
     else:
         step = max(size // _PLAIN_SAMPLES, _SAMPLE)

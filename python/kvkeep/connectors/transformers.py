@@ -17,11 +17,12 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 
-import kvkeep
 import torch
 import transformers
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+
+import kvkeep
 
 from . import versions
 from .registration import Registration

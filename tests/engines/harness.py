@@ -44,7 +44,9 @@ def wait_until(true, seconds: float, what: str, every: float = 0.05):
 class Server:
     """A `kvkeepd` over a folder, on its Unix socket alone."""
 
-    def __init__(self, folder: Path, *, dram: str = "2GiB", nvme: str = "8GiB", preload: str | None = None, **environment: str):
+    def __init__(
+        self, folder: Path, *, dram: str = "2GiB", nvme: str = "8GiB", preload: str | None = None, **environment: str
+    ):
         self.folder, self.dram, self.nvme = Path(folder), dram, nvme
         self.environment, self.preload = environment, preload
         self.arena = Path(tempfile.mkdtemp(prefix="kvkeep-engines-", dir="/dev/shm"))
@@ -62,9 +64,22 @@ class Server:
         log = open(self.folder.with_suffix(".log"), "ab")
         self._metrics_at = f"127.0.0.1:{free_port()}"
         self.process = subprocess.Popen(
-            [KVKEEPD, "--data-dir", self.folder, "--listen", "off", "--arena-bytes", self.dram, "--arena-dir", self.arena,
-             "--metrics-listen", self._metrics_at],
-            stdout=subprocess.PIPE, stderr=log, env=environment,
+            [
+                KVKEEPD,
+                "--data-dir",
+                self.folder,
+                "--listen",
+                "off",
+                "--arena-bytes",
+                self.dram,
+                "--arena-dir",
+                self.arena,
+                "--metrics-listen",
+                self._metrics_at,
+            ],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=environment,
         )
         line = self.process.stdout.readline().decode()
         assert "ready" in line, f"kvkeepd did not start: {self.folder.with_suffix('.log')}"
@@ -97,7 +112,9 @@ class Server:
         shutil.rmtree(self.arena, ignore_errors=True)
 
     def ctl(self, *words: str) -> dict:
-        out = subprocess.run([KVKEEPCTL, "--endpoint", self.endpoint, "--json", *words], capture_output=True, check=True, timeout=60)
+        out = subprocess.run(
+            [KVKEEPCTL, "--endpoint", self.endpoint, "--json", *words], capture_output=True, check=True, timeout=60
+        )
         return json.loads(out.stdout)
 
     def status(self) -> dict:
@@ -149,7 +166,16 @@ def free_port() -> int:
 class Engine:
     """A vLLM in a process of its own."""
 
-    def __init__(self, model: str | Path, connector: dict | None = None, *, log: Path, kv_gib: int = 1, environment=None, **settings):
+    def __init__(
+        self,
+        model: str | Path,
+        connector: dict | None = None,
+        *,
+        log: Path,
+        kv_gib: int = 1,
+        environment=None,
+        **settings,
+    ):
         self.model = MODELS / model if isinstance(model, str) else Path(model)
         self.log = Path(log)
         self.settings = {
@@ -184,7 +210,11 @@ class Engine:
         environment["KVKEEP_TEST_ANSWERS"] = str(ours)
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "engine_process.py"), json.dumps(self.settings)],
-            stdin=subprocess.PIPE, stdout=open(self.log, "ab"), stderr=subprocess.STDOUT, pass_fds=[ours], env=environment,
+            stdin=subprocess.PIPE,
+            stdout=open(self.log, "ab"),
+            stderr=subprocess.STDOUT,
+            pass_fds=[ours],
+            env=environment,
             start_new_session=True,
         )
         os.close(ours)
@@ -224,7 +254,11 @@ class Engine:
             except ProcessLookupError:
                 pass
         self.process.wait()
-        wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") and not is_zombie(pid) for pid in self._pids), 30, "it is dead")
+        wait_until(
+            lambda: not any(os.path.exists(f"/proc/{pid}") and not is_zombie(pid) for pid in self._pids),
+            30,
+            "it is dead",
+        )
 
     def close(self) -> None:
         if self.process.poll() is None:

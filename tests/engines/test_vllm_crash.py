@@ -6,7 +6,7 @@ import threading
 import time
 
 from conftest import NEW_TOKENS, PROMPTS
-from harness import BLOCK, Engine, connector, prompt, wait_until
+from harness import Engine, connector, prompt, wait_until
 
 LOOPS = int(os.environ.get("KVKEEP_TEST_CRASHES", "20"))
 LENGTH = PROMPTS[1]
@@ -15,7 +15,16 @@ LENGTH = PROMPTS[1]
 def what_is_held(server) -> dict:
     """Of an engine that is gone, nothing may be left in these."""
     metrics = server.metrics()
-    names = ("leases", "leased_positions", "reservations", "reserved_bytes", "regions", "region_bytes", "mapped_slots", "connections")
+    names = (
+        "leases",
+        "leased_positions",
+        "reservations",
+        "reserved_bytes",
+        "regions",
+        "region_bytes",
+        "mapped_slots",
+        "connections",
+    )
     return {name: metrics[f"kvkeep_{name}"] for name in names} | {"descriptors": server.descriptors()}
 
 
@@ -39,8 +48,15 @@ def test_engines_that_are_killed_leave_nothing_behind(server, folder, plain):
             engine.kill()
     assert found_again >= LOOPS - 4, "what killed engines saved is found by the next ones"
     # The end of an instance is noticed by its connections, and comes after a grace period (5 s).
-    wait_until(lambda: {k: v for k, v in what_is_held(server).items() if k != "descriptors"} == {k: v for k, v in before.items() if k != "descriptors"},
-               60, f"held as before ({before}); now {what_is_held(server)}", every=0.5)
+    wait_until(
+        lambda: (
+            {k: v for k, v in what_is_held(server).items() if k != "descriptors"}
+            == {k: v for k, v in before.items() if k != "descriptors"}
+        ),
+        60,
+        f"held as before ({before}); now {what_is_held(server)}",
+        every=0.5,
+    )
     # NVMe segments and arena files are opened as they are needed.
     grown = what_is_held(server)["descriptors"] - before["descriptors"]
     assert grown <= 8, f"{grown} more descriptors than before {LOOPS} engines"

@@ -3,9 +3,8 @@
 import time
 from pathlib import Path
 
-import pytest
-
 import powercut
+import pytest
 from conftest import NEW_TOKENS, PROMPTS
 from harness import BLOCK, Engine, Server, connector, prompt, wait_until
 
@@ -95,7 +94,9 @@ def test_a_conversation_is_a_session_of_the_store(engine, server):
         found = server.ctl("session", "list")["sessions"]
         return next((s for s in found if s["id"] == "conversation-41"), None)
 
-    wait_until(lambda: session() and session()["positions"] == (300 + 19) // BLOCK, 10, "its first turn is in the session")
+    wait_until(
+        lambda: session() and session()["positions"] == (300 + 19) // BLOCK, 10, "its first turn is in the session"
+    )
     second = first + said + prompt(42, 100)
     engine.generate(second, 20, kv_transfer_params=turn)
     wait_until(lambda: session()["positions"] == (420 + 19) // BLOCK, 10, "its second turn is in the session")
@@ -170,7 +171,9 @@ def test_corrupted_blocks_are_computed_again(engine, server, plain):
     (server.folder / "warm-set").unlink(missing_ok=True)
     flipped = flip(server.folder, every=5)
     server.start()
-    wait_until(lambda: engine.generate(prompt(99, 64), 1) and server.total("kvkeep_connections") > 0, 30, "it is found again")
+    wait_until(
+        lambda: engine.generate(prompt(99, 64), 1) and server.total("kvkeep_connections") > 0, 30, "it is found again"
+    )
     before = engine.kvkeep("load_failures")
     for seed in (12, 7, 5):
         found = ask(engine, seed)
@@ -189,7 +192,9 @@ def test_nothing_was_wrong_and_the_scheduler_never_waited(engine):
     metrics = engine.metrics()
     assert engine.kvkeep("errors") == 0
     steps = metrics["vllm:kvkeep_scheduler_seconds"]
-    print(f"scheduler: {steps['count']} steps, mean {steps['sum'] / steps['count'] * 1e6:.0f} us, {engine.kvkeep('slow_steps'):.0f} over 5 ms")
+    print(
+        f"scheduler: {steps['count']} steps, mean {steps['sum'] / steps['count'] * 1e6:.0f} us, {engine.kvkeep('slow_steps'):.0f} over 5 ms"
+    )
 
 
 def flip(folder, every: int) -> int:

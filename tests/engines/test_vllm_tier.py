@@ -1,7 +1,5 @@
 """The store below vLLM's own host tier, and the connector beside it."""
 
-import pytest
-
 from conftest import NEW_TOKENS, PROMPTS
 from harness import BLOCK, Engine, connector, prompt
 

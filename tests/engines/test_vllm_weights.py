@@ -31,14 +31,18 @@ def test_weights_are_swapped_in_place_with_two_engines(server, folder):
             first = said(new, 1)
             assert first["cached"] == 0, "KV of the old weights was served to the new ones"
             assert first["tokens"] != expected_old, "the weights are the same: the test shows nothing"
+
             def saves_arrive():
                 found = said(new, 1)
                 assert found["tokens"] == first["tokens"]
                 server.wait_quiet()
                 return found["cached"] == RESTORED
+
             wait_until(saves_arrive, 30, "the new engine's own KV is restored")
             again = said(old, 1)
-            assert (again["cached"], again["tokens"]) == (0, expected_old), "the old engine was served KV of the new weights"
+            assert (again["cached"], again["tokens"]) == (0, expected_old), (
+                "the old engine was served KV of the new weights"
+            )
             server.wait_quiet()
             assert said(new, 1)["tokens"] == first["tokens"]
             assert said(old, 1)["tokens"] == expected_old

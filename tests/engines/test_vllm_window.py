@@ -1,7 +1,6 @@
 """A model with a sliding window: three groups of KV, of which two need the end of a prompt only."""
 
 import pytest
-
 from conftest import NEW_TOKENS, PROMPTS
 from harness import BLOCK, Engine, connector, prompt
 

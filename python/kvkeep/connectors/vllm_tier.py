@@ -23,7 +23,6 @@ import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-import kvkeep
 import vllm
 from vllm.v1.core.kv_cache_utils import DEFAULT_NONE_HASH_SEED
 from vllm.v1.kv_offload.base import (
@@ -35,6 +34,8 @@ from vllm.v1.kv_offload.base import (
 )
 from vllm.v1.kv_offload.tiering.async_lookup import AsyncLookupManager
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
+
+import kvkeep
 
 from . import revision as weights
 from . import versions
@@ -96,7 +97,9 @@ class KVKeepTier(SecondaryTierManager):
         name = namespace or config.model.name
         known = revision_of(revision or weights.of_weights(config.model.name), adapters or {})
         if known is None:
-            log.warning("kvkeep: the weights of %s cannot be told, so its KV is not shared: set the tier's \"revision\"", name)
+            log.warning(
+                'kvkeep: the weights of %s cannot be told, so its KV is not shared: set the tier\'s "revision"', name
+            )
         self._shares = known is not None
         client = kvkeep.Client(endpoint, name="vllm tier")
         fmt = format_of(config, name, self.block_size_bytes, min(self._tokens_per_chunk))
@@ -159,8 +162,14 @@ class KVKeepTier(SecondaryTierManager):
         self._submit(
             job_metadata,
             keys,
-            lambda common: self._namespace.submit_put(*common, queue=STORES, key_len=len(keys[0]), parent=parent,
-                                                      unordered=not ordered, call=self._call(job_metadata)),
+            lambda common: self._namespace.submit_put(
+                *common,
+                queue=STORES,
+                key_len=len(keys[0]),
+                parent=parent,
+                unordered=not ordered,
+                call=self._call(job_metadata),
+            ),
         )
 
     def submit_load(self, job_metadata: TransferJob) -> None:
@@ -168,7 +177,9 @@ class KVKeepTier(SecondaryTierManager):
         self._submit(
             job_metadata,
             keys,
-            lambda common: self._namespace.submit_get(*common, queue=LOADS, key_len=len(keys[0]), call=self._call(job_metadata)),
+            lambda common: self._namespace.submit_get(
+                *common, queue=LOADS, key_len=len(keys[0]), call=self._call(job_metadata)
+            ),
         )
 
     def _submit(self, job: TransferJob, keys: list[bytes], submit) -> None:
@@ -221,7 +232,9 @@ class KVKeepTier(SecondaryTierManager):
                     log.info("kvkeep: %d of %d chunks were stored: %s", kept, len(flying.keys), why)
                 result = JobResult(job.job_id, kept == len(flying.keys), None, seconds, kept * self.block_size_bytes)
                 if self._events is not None and kept:
-                    self._events.append(OffloadingEvent(flying.keys[:kept], Medium.STORAGE, removed=False, ownership="kvkeep"))
+                    self._events.append(
+                        OffloadingEvent(flying.keys[:kept], Medium.STORAGE, removed=False, ownership="kvkeep")
+                    )
             self._over.append(result)
 
     def has_pending_work(self) -> bool:

@@ -155,7 +155,9 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         geometries, region = layout.geometries(self._kv_cache_config, kv_caches, self._shape, self._share)
         shared = region is not None and all(g.is_shared for g in geometries)
         self._side.register(geometries, region)
-        log.info("kvkeep: %d groups of KV, %s", len(geometries), "shared with the server" if shared else "through the socket")
+        log.info(
+            "kvkeep: %d groups of KV, %s", len(geometries), "shared with the server" if shared else "through the socket"
+        )
 
     @_safely(lambda: None)
     def handle_preemptions(self, kv_connector_metadata) -> None:

@@ -37,9 +37,13 @@ def revision_of(options: Options, vllm_config) -> str | None:
     return weights.of_weights(vllm_config.model_config.model, vllm_config.model_config.revision)
 
 
-def namespace_of(options: Options, name: str, fmt: kvkeep.Format, revision: str, engine_id: str, role: str, queues: int):
+def namespace_of(
+    options: Options, name: str, fmt: kvkeep.Format, revision: str, engine_id: str, role: str, queues: int
+):
     """Nothing connects yet."""
-    client = kvkeep.Client(options.endpoint, name=f"vllm {role}", instance=instance_of(engine_id), patience=_PATIENCE[role])
+    client = kvkeep.Client(
+        options.endpoint, name=f"vllm {role}", instance=instance_of(engine_id), patience=_PATIENCE[role]
+    )
     return client.namespace(name, fmt, revision, queues=queues, in_flight_max=512)
 
 
@@ -50,7 +54,9 @@ class Registration(threading.Thread):
     that its first call finds all in place; only the scheduler's advances the revision.
     """
 
-    def __init__(self, namespace: kvkeep.Namespace, revision: str, *, advance: bool, region: kvkeep.Region | None = None):
+    def __init__(
+        self, namespace: kvkeep.Namespace, revision: str, *, advance: bool, region: kvkeep.Region | None = None
+    ):
         super().__init__(name="kvkeep-registration", daemon=True)
         self._namespace, self._revision, self._advance, self._region = namespace, revision, advance, region
         self._stop = threading.Event()
@@ -79,7 +85,10 @@ class Registration(threading.Thread):
     def _moved_on(self) -> bool:
         try:
             if self._namespace.advance_revision(self._revision):
-                log.warning("kvkeep: other weights than the store knew: what it holds in %s is missed from now on", self._namespace.name)
+                log.warning(
+                    "kvkeep: other weights than the store knew: what it holds in %s is missed from now on",
+                    self._namespace.name,
+                )
                 return True
         except kvkeep.Error as e:
             log.warning("kvkeep: the revision was not advanced: %s", e)

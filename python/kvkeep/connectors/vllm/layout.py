@@ -17,9 +17,8 @@ import mmap
 import os
 from dataclasses import dataclass
 
-import kvkeep
-from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes, resolve_none_hash_seed
 from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes, resolve_none_hash_seed
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
@@ -28,6 +27,8 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
 )
+
+import kvkeep
 
 SHARE_MIN = 64 << 20
 """Memory below this is not shared with the server but copied through the socket: allocators put only larger blocks on pages of
@@ -185,7 +186,9 @@ def _allocation(kv_cache_config, kv_caches: dict) -> tuple[int, int]:
 def _runs(kv_cache_config, layers: list[str], pages: dict[str, int]):
     """(offset of the first page of block 0, pages, bytes of a page, where they are placed), so that all layers are covered in order
     with as few runs as there can be."""
-    places = {layer: (placed, n) for placed in kv_cache_config.kv_cache_tensors for n, layer in enumerate(placed.layers)}
+    places = {
+        layer: (placed, n) for placed in kv_cache_config.kv_cache_tensors for n, layer in enumerate(placed.layers)
+    }
     run = None
     for layer in layers:
         placed, n = places[layer]

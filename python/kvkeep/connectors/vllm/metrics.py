@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from prometheus_client import Counter, Histogram
-
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 COUNTERS = {
@@ -29,10 +28,19 @@ COUNTERS = {
 }
 """Name to what it counts. In Prometheus: `vllm:kvkeep_<name>_total`."""
 HISTOGRAMS = {
-    "match_seconds": ("From a prompt's lookup to its answer.", (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.1)),
+    "match_seconds": (
+        "From a prompt's lookup to its answer.",
+        (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.1),
+    ),
     "load_seconds": ("Of one request's load.", (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)),
-    "save_seconds": ("From a save's start until its blocks are free of it.", (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)),
-    "scheduler_seconds": ("Of the connector in one step of the scheduler.", (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.1)),
+    "save_seconds": (
+        "From a save's start until its blocks are free of it.",
+        (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5),
+    ),
+    "scheduler_seconds": (
+        "Of the connector in one step of the scheduler.",
+        (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.1),
+    ),
 }
 """Name to what it measures, and buckets in seconds. In Prometheus: `vllm:kvkeep_<name>`."""
 _SAMPLES_MAX = 4096

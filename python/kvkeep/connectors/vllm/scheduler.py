@@ -7,8 +7,9 @@ import os
 import time
 from dataclasses import dataclass, field
 
-import kvkeep
 from vllm.distributed.kv_events import BlockStored
+
+import kvkeep
 
 from .. import revision as weights
 from .contact import Registration
@@ -117,7 +118,10 @@ class SchedulerSide:
         first_new = [state.local_tokens // size for size in self._shape.tokens_per_block]
         self._fence(block for group, first in zip(ids, first_new) for block in group[first:])
         if external_tokens > 0 and state.load_from is not None:
-            first, end = state.load_from, min(state.load_to, (state.local_tokens + external_tokens) // self._shape.tokens_per_key)
+            first, end = (
+                state.load_from,
+                min(state.load_to, (state.local_tokens + external_tokens) // self._shape.tokens_per_key),
+            )
             self._step.loads.append(
                 Load(request.request_id, self._blocks(state, ids, first, end), state.request.num_prompt_tokens)
             )
@@ -167,7 +171,9 @@ class SchedulerSide:
             return
         self._matches.forget(request.request_id)
         if state.session and state.saved and not self._salt:
-            self._conversations.append(state.session, bytes(state.keys[: state.saved * state.key_len]), state.key_len, request)
+            self._conversations.append(
+                state.session, bytes(state.keys[: state.saved * state.key_len]), state.key_len, request
+            )
 
     def take_events(self) -> list[BlockStored]:
         events, self._events = self._events, []

@@ -236,6 +236,7 @@ class WorkerSide:
             why = done.error if done.stored is None else done.stored.error
             if why is not None:
                 log.info("kvkeep: %d of %d blocks were saved: %s", stored, len(put.save.blocks), why)
+                log.debug("kvkeep: %s", self._namespace.describe()["text"])
             self._saved(put.save, stored, done.cancelled)
 
     def _saved(self, save: Save, stored: int, abandoned: bool) -> None:

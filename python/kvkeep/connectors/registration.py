@@ -9,16 +9,29 @@ import kvkeep
 
 _READY_WAIT = 2.0
 """Seconds that one question for the server may take; asked again and again, in a thread of its own."""
-_REFUSED_PAUSE = 5.0
-_LOST_PAUSE = 0.25
+_REFUSED_PAUSE = 1.0
+_LOST_PAUSE = 0.05
 
 
 class Registration(threading.Thread):
-    """Registers a namespace, and says that the weights are others now, where they are. Ends when that is done."""
+    """Registers a namespace (and memory), and says that the weights are others now, where they are. Ends when that is done.
 
-    def __init__(self, namespace: kvkeep.Namespace, revision: str, *, advance: bool, log: logging.Logger):
+    Each process of an engine has one, so that its first call finds all in place; only one of them advances the revision.
+    """
+
+    def __init__(
+        self,
+        namespace: kvkeep.Namespace,
+        revision: str,
+        *,
+        advance: bool,
+        log: logging.Logger,
+        region: kvkeep.Region | None = None,
+    ):
         super().__init__(name="kvkeep-registration", daemon=True)
         self._namespace, self._revision, self._advance, self._log = namespace, revision, advance, log
+        self._region = region
+        # Not `_stop`: that is a method of every thread.
         self._ended = threading.Event()
 
     def run(self) -> None:
@@ -26,11 +39,13 @@ class Registration(threading.Thread):
         while not self._ended.is_set():
             try:
                 if self._namespace.ready(_READY_WAIT):
+                    if self._region is not None:
+                        self._namespace.register_region(self._region)
                     self._log.info("kvkeep: namespace %s is ready", self._namespace.name)
                     return
                 self._ended.wait(_LOST_PAUSE)
             except kvkeep.Error as e:
-                if e.kind == "stale_revision" and self._advance and self._moved_on():
+                if self._ended.is_set() or (e.kind == "stale_revision" and self._advance and self._moved_on()):
                     return
                 if said != str(e):
                     said = str(e)

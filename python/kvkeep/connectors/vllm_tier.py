@@ -39,7 +39,7 @@ import kvkeep
 
 from . import revision as weights
 from . import versions
-from .vllm.contact import Registration
+from .registration import Registration
 from .vllm.matches import request_name
 
 log = logging.getLogger("vllm.kvkeep")
@@ -116,7 +116,7 @@ class KVKeepTier(SecondaryTierManager):
         self._touches: queue.SimpleQueue = queue.SimpleQueue()
         self._registration = None
         if self._shares:
-            self._registration = Registration(self._namespace, known, advance=advance_revision)
+            self._registration = Registration(self._namespace, known, advance=advance_revision, log=log)
             self._registration.start()
             threading.Thread(target=self._touch, name="kvkeep-touch", daemon=True).start()
 

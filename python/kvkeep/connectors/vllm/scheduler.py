@@ -12,7 +12,7 @@ from vllm.distributed.kv_events import BlockStored
 import kvkeep
 
 from .. import revision as weights
-from .contact import Registration
+from ..registration import Registration
 from .conversations import Conversations
 from .layout import Shape
 from .matches import Found, Matches
@@ -74,7 +74,7 @@ class SchedulerSide:
         self._us_per_token: float | None = None
         self._measured: tuple[float, int] | None = None
         self._conversations = Conversations(namespace, self.stats, shape.tokens_per_key)
-        self._registration = Registration(namespace, revision, advance=options.advance_revision)
+        self._registration = Registration(namespace, revision, advance=options.advance_revision, log=log)
         self._registration.start()
 
     # What vLLM asks.

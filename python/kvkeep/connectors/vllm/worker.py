@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import kvkeep
 
-from .contact import Registration
+from ..registration import Registration
 from .layout import Shape
 from .matches import request_name
 from .messages import Blocks, Load, Save, Saved, Step, WorkerReport
@@ -70,7 +70,7 @@ class WorkerSide:
     def register(self, geometries: list[kvkeep.Geometry], region: kvkeep.Region | None) -> None:
         """Where the blocks lie. From now on there is something to do."""
         self._geometries = geometries
-        self._registration = Registration(self._namespace, "", advance=False, region=region)
+        self._registration = Registration(self._namespace, "", advance=False, log=log, region=region)
         self._registration.start()
 
     def close(self) -> None:

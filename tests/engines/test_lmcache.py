@@ -319,10 +319,12 @@ def test_delete_forgets_and_leaves_the_store_alone(made):
     assert adapter.get_usage().total_bytes_used == 0
     assert lookup(adapter, keys) == [True, True]
     adapter.submit_unlock(keys)
-    allowed = made(allow_delete=True)
-    eventually(allowed, keys)
-    allowed.delete(keys)
-    assert lookup(allowed, keys) == [False, False]
+    allowed, more = made(allow_delete=True), object_keys(2)
+    stored(allowed, more, [memory(3), memory(4)])
+    eventually(allowed, more)
+    allowed.delete(more)
+    assert lookup(allowed, more) == [False, False]
+    assert allowed.get_usage().total_bytes_used == 0
 
 
 def test_other_weights_see_nothing(own_server, made):

@@ -12,11 +12,11 @@ def main() -> None:
     answers = os.fdopen(int(os.environ.pop("KVKEEP_TEST_ANSWERS")), "w")
     started = time.perf_counter()
     from vllm import LLM, SamplingParams
-    from vllm.config import KVTransferConfig
+    from vllm.config import KVEventsConfig, KVTransferConfig
 
-    connector = settings.pop("kv_transfer_config", None)
-    if connector:
-        settings["kv_transfer_config"] = KVTransferConfig(**connector)
+    for name, kind in (("kv_transfer_config", KVTransferConfig), ("kv_events_config", KVEventsConfig)):
+        if name in settings:
+            settings[name] = kind(**settings[name])
     llm = LLM(**settings)
     say(answers, {"ready": True, "start_seconds": time.perf_counter() - started})
     for line in sys.stdin:

@@ -6,7 +6,7 @@ from pathlib import Path
 import powercut
 import pytest
 from conftest import NEW_TOKENS, PROMPTS
-from harness import BLOCK, Engine, Server, connector, prompt, wait_until
+from harness import BLOCK, Engine, Server, connector, free_port, prompt, wait_until
 
 LENGTH = PROMPTS[1]
 RESTORED = (LENGTH - 1) // BLOCK * BLOCK
@@ -24,8 +24,14 @@ def server(folder):
 
 
 @pytest.fixture(scope="module")
-def engine(server, folder):
-    engine = Engine("small", connector(server.endpoint), log=folder / "engine.log").start()
+def events_at():
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def engine(server, folder, events_at):
+    events = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": f"tcp://*:{events_at}"}
+    engine = Engine("small", connector(server.endpoint), log=folder / "engine.log", kv_events_config=events).start()
     yield engine
     engine.close()
 
@@ -48,6 +54,28 @@ def test_a_prompt_is_restored_after_the_engines_cache_was_dropped(engine, server
     again = ask(engine, 1)
     assert (again["cached"], again["tokens"]) == (RESTORED, plain.tokens("small", 1))
     assert engine.kvkeep("loads") == 1 and engine.kvkeep("load_blocks") == RESTORED // BLOCK
+
+
+def test_what_is_saved_is_told_as_events(engine, server, events_at):
+    import msgspec
+    import zmq
+
+    listening = zmq.Context.instance().socket(zmq.SUB)
+    listening.connect(f"tcp://127.0.0.1:{events_at}")
+    listening.setsockopt(zmq.SUBSCRIBE, b"")
+    time.sleep(0.5)
+    tokens = prompt(51, 4 * BLOCK)
+    engine.generate(tokens, 1)
+    server.wait_quiet()
+    engine.metrics()
+    stored = []
+    while listening.poll(500):
+        _, events, *_ = msgspec.msgpack.decode(listening.recv_multipart()[-1])
+        # An event is its kind, hashes, hash of the block before, token ids, tokens of a block, adapter, medium ...
+        stored += [e for e in events if e[0] == "BlockStored" and "STORAGE" in e]
+    listening.close()
+    assert [t for e in stored for t in e[3]] == tokens
+    assert [len(e[1]) for e in stored] == [4] and stored[0][2] is None
 
 
 def test_what_was_generated_is_restored_with_the_prompt(engine, server):

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::io;
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 use std::task::Poll;
 
@@ -11,7 +11,7 @@ use kvkeep_client::block::frame::Head;
 use kvkeep_client::block::reader::FrameReader;
 use kvkeep_client::block::stream::{ReadHalf, WriteHalf};
 use kvkeep_client::convert;
-use kvkeep_core::{Error, ErrorKind, RequestId};
+use kvkeep_core::{Error, ErrorKind, InstanceId, RequestId};
 use kvkeep_proto::v1;
 use kvkeep_proto::v1::Envelope;
 use kvkeep_proto::v1::envelope::Message;
@@ -154,19 +154,7 @@ impl Reading {
             }
             Message::RegisterRegion(wish) => {
                 let descriptor = self.frames.take_descriptor();
-                let store = Arc::clone(&self.peer.verbs.store);
-                let via = self.peer.connection.via;
-                self.call(call, RequestId::default(), move |_| async move {
-                    // Mapping a region makes all its page-table entries: not between two frames, nor on the runtime.
-                    let instance = hello.instance;
-                    let register = move || store.register_region(instance, via, wish.offset, wish.length, descriptor);
-                    let registered = tokio::task::spawn_blocking(register).await;
-                    registered
-                        .map_err(|_| Refusal::Cut("the registration was cut short"))?
-                        .map_err(Refusal::from)
-                        .map(Message::RegisterRegionReply)
-                })
-                .await;
+                self.register_region(call, hello.instance, &wish, descriptor).await;
             }
             Message::OpenFile(wish) => self.open_file(call, &hello, &wish).await,
             other => self.verb(call, &hello, other).await?,
@@ -298,6 +286,41 @@ impl Reading {
             }
             Err(e) => self.peer.answer(number, Err(e.into())).await,
         }
+    }
+
+    /// Takes a client's memory as a region.
+    async fn register_region(
+        &self,
+        number: u64,
+        instance: InstanceId,
+        wish: &v1::RegisterRegionRequest,
+        descriptor: Option<OwnedFd>,
+    ) {
+        let ticket = match self.peer.start(number, RequestId::default()) {
+            Ok(ticket) => ticket,
+            Err(e) => return self.peer.answer(number, Err(e.into())).await,
+        };
+        let (peer, via) = (Arc::clone(&self.peer), self.peer.connection.via);
+        let (offset, length) = (wish.offset, wish.length);
+        tokio::spawn(async move {
+            let store = Arc::clone(&peer.verbs.store);
+            // Mapping a region makes all its page-table entries: not between two frames, nor on the runtime.
+            let register = move || store.register_region(instance, via, offset, length, descriptor);
+            let (answer, untold) = match tokio::task::spawn_blocking(register).await {
+                Ok(Ok(untold)) => (Ok(Message::RegisterRegionReply(untold.reply())), Some(untold)),
+                Ok(Err(e)) => (Err(e.into()), None),
+                Err(_) => (Err(Refusal::Cut("the registration was cut short")), None),
+            };
+            let envelope = spell(number, answer);
+            // Off the list before the answer is out: the client may use the number again at once.
+            drop(ticket);
+            // Where nobody waits for the answer any more, the registration is none.
+            if peer.send(&envelope, &[], None).await.is_ok()
+                && let Some(untold) = untold
+            {
+                untold.told();
+            }
+        });
     }
 
     /// A file of the arena, for a client that may map it.

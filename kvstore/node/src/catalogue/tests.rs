@@ -107,7 +107,7 @@ fn keys_values_and_commands_are_these_bytes() {
     assert_eq!(key, [b"n", &r.handle.namespace.0.to_be_bytes()[..]].concat());
     let json = r#"{"id":ID,"tenant":0,"name":"n","format":FORMAT,"fingerprint":FINGERPRINT,"revision":1,"revision_digest":"w","require_full":false}"#;
     let namespace = c.namespace(r.handle.namespace).unwrap();
-    let format = r#"{"model":"m","dtype":"bf16","layout":"l","hash_algorithm":"sha256","hash_seed":"","tokens_per_key":16,"topology":{"canonical":false,"tp":1,"pp":1,"cp":1},"groups":[{"rule":"all","tokens_per_block":16,"shards":1,"replicated":false,"size":{"exact":4096}}],"prefill_us_per_token":0}"#;
+    let format = r#"{"model":"m","dtype":"bf16","layout":"l","hash_algorithm":"sha256","hash_seed":"","tokens_per_key":16,"topology":{"canonical":false,"tp":1,"pp":1,"cp":1},"groups":[{"rule":"all","tokens_per_block":16,"shards":1,"replicated":false,"size":{"exact":4096}}],"prefill_us_per_token":0,"prefill_doubles_at_tokens":0}"#;
     let json = json
         .replace("ID", &r.handle.namespace.0.to_string())
         .replace("FORMAT", format)

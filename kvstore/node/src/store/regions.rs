@@ -21,6 +21,45 @@ const UNREGISTER_WAIT: Duration = Duration::from_secs(10);
 #[derive(Default)]
 pub struct Regions(Mutex<HashMap<InstanceId, Registered>>);
 
+impl Regions {
+    fn take(&self, instance: InstanceId, id: u32) -> Option<Arc<Region>> {
+        let mut all = self.0.lock();
+        let registered = all.get_mut(&instance)?;
+        let region = registered.regions.remove(&id)?;
+        registered.bytes -= region.len();
+        Some(region)
+    }
+}
+
+/// A registration that its instance does not know of yet. Dropped, it never was: an instance that gave up waiting
+/// registers the same memory again.
+pub struct Untold {
+    store: Arc<Store>,
+    instance: InstanceId,
+    reply: v1::RegisterRegionReply,
+    told: bool,
+}
+
+impl Untold {
+    /// What to tell it.
+    pub fn reply(&self) -> v1::RegisterRegionReply {
+        self.reply
+    }
+
+    /// It was told.
+    pub fn told(mut self) {
+        self.told = true;
+    }
+}
+
+impl Drop for Untold {
+    fn drop(&mut self) {
+        if !self.told {
+            drop(self.store.regions.take(self.instance, self.reply.region_id));
+        }
+    }
+}
+
 #[derive(Default)]
 struct Registered {
     regions: HashMap<u32, Arc<Region>>,
@@ -34,13 +73,13 @@ impl Store {
     /// # Errors
     /// As [`Region::new`]; `TooLarge` and `Throttled` name the bound.
     pub fn register_region(
-        &self,
+        self: &Arc<Self>,
         instance: InstanceId,
         via: Via,
         offset: u64,
         length: u64,
         descriptor: Option<OwnedFd>,
-    ) -> Result<v1::RegisterRegionReply> {
+    ) -> Result<Untold> {
         if !matches!(via, Via::Unix { .. }) {
             return Err(Error::new(ErrorKind::Denied, "regions are registered on the Unix socket"));
         }
@@ -72,7 +111,8 @@ impl Store {
         registered.last_id += 1;
         registered.bytes += length;
         registered.regions.insert(registered.last_id, region);
-        Ok(v1::RegisterRegionReply { region_id: registered.last_id, mapped })
+        let reply = v1::RegisterRegionReply { region_id: registered.last_id, mapped };
+        Ok(Untold { store: Arc::clone(self), instance, reply, told: false })
     }
 
     /// A region of this instance.
@@ -89,13 +129,7 @@ impl Store {
     /// `Expired` where there is none; `Unavailable` where calls went on using it.
     pub async fn unregister_region(&self, instance: InstanceId, id: u32) -> Result<()> {
         let region = {
-            let mut all = self.regions.0.lock();
-            let removed = all.get_mut(&instance).and_then(|registered| {
-                let region = registered.regions.remove(&id)?;
-                registered.bytes -= region.len();
-                Some(region)
-            });
-            removed.ok_or_else(|| {
+            self.regions.take(instance, id).ok_or_else(|| {
                 Error::new(ErrorKind::Expired, "no such region of this instance").with("region_id", id)
             })?
         };

@@ -195,7 +195,7 @@ impl Store {
         freed
     }
 
-    fn drop_dram(&self, id: &BlockId, slot: SlotRef) -> bool {
+    pub(super) fn drop_dram(&self, id: &BlockId, slot: SlotRef) -> bool {
         let meta = self.arena.pin(slot).and_then(|p| p.meta().ok());
         let now = self.clock.policy();
         let (worth, dropped) = {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::{Bound, ControlFlow};
 
 use kvkeep_core::error::{Error, ErrorKind, Result};
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 
 use super::index::{Change, Index, Visit};
 
@@ -21,7 +21,11 @@ pub enum MemFault {
 
 /// A map with a durable and a volatile part. Outlives the store on it, as a device outlives a process.
 #[derive(Debug, Default)]
-pub struct MemIndex(Mutex<State>);
+pub struct MemIndex {
+    state: Mutex<State>,
+    /// Syncs may go on.
+    free: Condvar,
+}
 
 #[derive(Debug, Default)]
 struct State {
@@ -30,6 +34,7 @@ struct State {
     /// Batches since the last sync, oldest first. Tests are its only users, and sync: not bounded otherwise.
     log: Vec<Vec<Change>>,
     syncs: u64,
+    held: bool,
     fault: Option<MemFault>,
 }
 
@@ -41,7 +46,7 @@ impl MemIndex {
 
     /// The power fails: of the batches written since the last sync only the first `kept` are there afterwards.
     pub fn cut(&self, kept: usize) {
-        let mut s = self.0.lock();
+        let mut s = self.state.lock();
         let log = std::mem::take(&mut s.log);
         for batch in log.iter().take(kept) {
             apply(&mut s.durable, batch);
@@ -51,22 +56,28 @@ impl MemIndex {
 
     /// Batches written since the last sync.
     pub fn unsynced(&self) -> usize {
-        self.0.lock().log.len()
+        self.state.lock().log.len()
     }
 
     /// Makes the next call of that kind fail.
     pub fn fail_next(&self, fault: MemFault) {
-        self.0.lock().fault = Some(fault);
+        self.state.lock().fault = Some(fault);
+    }
+
+    /// From now on syncs wait, or no longer: what a slow device does.
+    pub fn hold_syncs(&self, hold: bool) {
+        self.state.lock().held = hold;
+        self.free.notify_all();
     }
 
     /// How many syncs were asked for so far.
     pub fn syncs(&self) -> u64 {
-        self.0.lock().syncs
+        self.state.lock().syncs
     }
 
     /// Changes a value behind the store's back: what a flipped bit or a bug would leave.
     pub fn tamper(&self, key: &[u8], value: Option<Vec<u8>>) {
-        let mut s = self.0.lock();
+        let mut s = self.state.lock();
         let change = match value {
             Some(value) => Change::Put(key.to_vec(), value),
             None => Change::Delete(key.to_vec()),
@@ -94,13 +105,13 @@ fn apply(map: &mut BTreeMap<Vec<u8>, Vec<u8>>, batch: &[Change]) {
 
 impl Index for MemIndex {
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>> {
-        let mut s = self.0.lock();
+        let mut s = self.state.lock();
         Self::take_fault(&mut s, MemFault::Get)?;
         Ok(s.current.get(key).cloned())
     }
 
     fn write(&self, batch: &[Change]) -> Result<()> {
-        let mut s = self.0.lock();
+        let mut s = self.state.lock();
         Self::take_fault(&mut s, MemFault::Write)?;
         apply(&mut s.current, batch);
         s.log.push(batch.to_vec());
@@ -108,7 +119,8 @@ impl Index for MemIndex {
     }
 
     fn sync(&self) -> Result<()> {
-        let mut s = self.0.lock();
+        let mut s = self.state.lock();
+        self.free.wait_while(&mut s, |s| s.held);
         Self::take_fault(&mut s, MemFault::Sync)?;
         s.syncs += 1;
         for batch in std::mem::take(&mut s.log) {
@@ -122,7 +134,7 @@ impl Index for MemIndex {
         let mut from = Bound::Included(from.to_vec());
         loop {
             let slice: Vec<_> = {
-                let s = self.0.lock();
+                let s = self.state.lock();
                 s.current.range((from, Bound::Unbounded)).take(1024).map(|(k, v)| (k.clone(), v.clone())).collect()
             };
             for (key, value) in &slice {

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use kvkeep_core::ids::{BlockId, TenantId};
 use kvkeep_core::{BlockMeta, ErrorKind, SlotRef};
@@ -32,12 +33,21 @@ fn fill(arena: &Arena, count: u64) -> (Blocks, Vec<SlotRef>) {
 
 fn adopt_all(config: &ArenaConfig) -> (Arena, Vec<(BlockMeta, SlotRef)>) {
     let mut offered = Vec::new();
-    let arena = Arena::open(config.clone(), &mut |meta, slot| {
-        offered.push((meta.clone(), slot));
-        true
-    })
-    .unwrap();
-    (arena, offered)
+    let until = Instant::now() + Duration::from_secs(10);
+    loop {
+        let opened = Arena::open(config.clone(), &mut |meta, slot| {
+            offered.push((meta.clone(), slot));
+            true
+        });
+        match opened {
+            Ok(arena) => return (arena, offered),
+            // A child that another test starts just now has the lock's descriptor until it runs its program.
+            Err(e) if e.kind() == ErrorKind::Conflict && Instant::now() < until => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Err(e) => panic!("{e}"),
+        }
+    }
 }
 
 /// Every offered block is one that was put, whole and with all its facts.

@@ -99,13 +99,19 @@ async fn many_durable_puts_share_a_sync() {
     let rig = Rig::new(40, 1);
     let store = rig.open();
     block(999, 1, 1, Class::Durable).put(&store).await.unwrap();
-    let (syncs, flushes) = (rig.index.syncs(), rig.disk.counts().flushes);
+    let (syncs, flushes, writes) = (rig.index.syncs(), rig.disk.counts().flushes, rig.disk.counts().writes);
+    // A sync takes until all of them are written: they come to the index while it lasts.
+    rig.index.hold_syncs(true);
     let puts: Vec<_> = (0..64)
         .map(|n| {
             let store = store.clone();
             tokio::spawn(async move { block(n, 1, 20_000, Class::Durable).put(&store).await })
         })
         .collect();
+    while rig.disk.counts().writes - writes < 64 {
+        tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+    }
+    rig.index.hold_syncs(false);
     for put in puts {
         put.await.unwrap().unwrap();
     }

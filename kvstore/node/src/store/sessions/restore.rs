@@ -175,26 +175,19 @@ impl Store {
     ) {
         let (positions, bytes) = (AtomicU64::new(0), AtomicU64::new(0));
         let stopped = Arc::new(AtomicBool::new(false));
-        // What does not fit beside what is kept free would push the head out again: an engine begins with the head.
-        let room = self.arena.usage().capacity_bytes / 100 * u64::from(100 - self.config.arena.high_watermark_percent);
-        let wanted = Arc::new(AtomicU64::new(0));
+        let all = digests.len();
+        let digests = &digests[..self.make_way(digests).await];
         let largest = digests.first().map_or(1, |d| self.located(d).iter().map(|(_, l)| u64::from(l.len)).sum());
         let at_a_time = (READ_BYTES_MAX / largest.max(1)).clamp(2, READS_MAX as u64) as usize;
         let mut reads = stream::iter(digests.to_vec())
             .map(|digest| {
-                let (store, stopped, wanted) = (Arc::clone(self), Arc::clone(&stopped), Arc::clone(&wanted));
+                let (store, stopped) = (Arc::clone(self), Arc::clone(&stopped));
                 async move {
                     if stopped.load(Ordering::Relaxed) {
                         return None;
                     }
                     let mut up = 0;
-                    let parts = store.located(&digest);
-                    let bytes = parts.iter().map(|(_, found)| u64::from(found.len)).sum();
-                    if wanted.fetch_add(bytes, Ordering::Relaxed) + bytes > room {
-                        stopped.store(true, Ordering::Relaxed);
-                        return None;
-                    }
-                    for (id, found) in parts {
+                    for (id, found) in store.located(&digest) {
                         if !store.bring_up_part(caller, handle, id, &found).await {
                             // Without room, or with a bad copy, what comes behind it is of no use.
                             stopped.store(true, Ordering::Relaxed);
@@ -236,7 +229,31 @@ impl Store {
         // What came first may have had to go again: of a session larger than DRAM only a part is there.
         let (positions, bytes) = self.in_dram(digests).await;
         restored.progress = Progress { positions, bytes, ..restored.progress };
-        restored.late = restored.progress.positions < digests.len() as u64;
+        restored.late = restored.progress.positions < all as u64;
+    }
+
+    /// How many of these positions DRAM can hold beside what is kept free. Of a session that is larger the tail gives its room to
+    /// the head: an engine begins with the head.
+    async fn make_way(&self, digests: &[kvkeep_core::Digest]) -> usize {
+        let room = self.arena.usage().capacity_bytes / 100 * u64::from(100 - self.config.arena.high_watermark_percent);
+        let (mut fits, mut bytes) = (0, 0);
+        for slice in digests.chunks(SLICE_KEYS) {
+            for digest in slice {
+                let parts = self.located(digest);
+                bytes += parts.iter().map(|(_, part)| u64::from(part.len)).sum::<u64>();
+                if bytes <= room {
+                    fits += 1;
+                    continue;
+                }
+                for (id, part) in parts.iter().filter(|(_, part)| part.place.is_some()) {
+                    if let Some(slot) = part.slot.filter(|slot| !self.arena.is_pinned(*slot)) {
+                        self.drop_dram(id, slot);
+                    }
+                }
+            }
+            tokio::task::yield_now().await;
+        }
+        fits
     }
 
     /// Positions that are in DRAM with all their parts, and their bytes.

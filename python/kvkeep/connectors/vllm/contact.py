@@ -9,9 +9,10 @@ import kvkeep
 from .. import revision as weights
 from .options import Options
 
-_PATIENCE = {"scheduler": 0.1, "worker": 0.3}
-"""Seconds of silence after which the server is lost. A prompt waits for the scheduler's questions. Of the workers' transfers only those
-under way wait longer, and a server on a busy host that is late by 0.2 s need not lose what was computed."""
+_PATIENCE = {"scheduler": 0.1, "worker": 2.0}
+"""Seconds of silence after which the server is lost. Prompts wait for the scheduler's questions, and once it has lost the server nothing
+more is loaded. A worker has to tell of gigabytes of memory, which takes a server on a busy host a second, and one that gives up
+tells it again; only transfers under way wait so long for a server that stopped."""
 
 
 def instance_of(engine_id: str) -> bytes:

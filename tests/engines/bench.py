@@ -44,8 +44,13 @@ class Bench:
         self.engine = Engine(MODEL, connector(self.server.endpoint), log=folder / "engine.log", kv_gib=2).start()
         self._plain: Engine | None = None
         self._used = 1000
-        for engine in (self.engine,):
-            engine.generate(prompt(900, 512), 8)
+
+        # Until everything is in place: the namespace, the server's view of the engine's memory.
+        def is_warm() -> bool:
+            self.engine.reset()
+            return first_token(self.engine, prompt(900, 512))[1] > 0
+
+        wait_until(is_warm, 60, "the engine is warm", every=0.5)
 
     @property
     def plain(self) -> Engine:
@@ -101,7 +106,7 @@ class Bench:
                     "share_of_restored_in_our_code": ratio(
                         ours["load_ms"] + ours["match_ms"], 1e3 * statistics.median(restored)
                     ),
-                    "tokens_identical": said == again["tokens"] and again["cached"] == cached,
+                    "tokens_identical": said == again["tokens"],
                 }
             )
             print(rows[-1], flush=True)

@@ -27,6 +27,8 @@ _FENCED_WAIT = 0.02
 """Age in seconds that a save may reach before it is taken back for somebody who needs its blocks in this step."""
 _TAKEN_BACK_WAIT = 1.0
 """Seconds that taking a save back may take at the very most; it takes some tens of microseconds."""
+_LOST = ("unreachable", "restart")
+"""What is said of a server that was lost."""
 _SETTLE_EVERY = 0.1
 """Seconds between two looks at memory that is in doubt."""
 
@@ -65,13 +67,23 @@ class WorkerSide:
         self._report = WorkerReport()
         self._doubtful: Counter[int] = Counter()
         self._looked = 0.0
+        self._region: kvkeep.Region | None = None
         self._registration: Registration | None = None
 
     def register(self, geometries: list[kvkeep.Geometry], region: kvkeep.Region | None) -> None:
         """Where the blocks lie. From now on there is something to do."""
-        self._geometries = geometries
-        self._registration = Registration(self._namespace, "", advance=False, log=log, region=region)
-        self._registration.start()
+        self._geometries, self._region = geometries, region
+        self._look_for_the_server()
+
+    def _look_for_the_server(self) -> None:
+        """At the start, and after it was lost. One thread tells it of the memory, which can take a second a gigabyte; until that is
+        done nothing is loaded or saved, or each transfer would tell it again."""
+        if self._registration is None or not self._registration.is_alive():
+            self._registration = Registration(self._namespace, "", advance=False, log=log, region=self._region)
+            self._registration.start()
+
+    def _is_in_place(self) -> bool:
+        return self._registration is not None and not self._registration.is_alive()
 
     def close(self) -> None:
         if self._registration is not None:
@@ -118,7 +130,7 @@ class WorkerSide:
 
     def _submit_load(self, load: Load) -> int | None:
         keys, parts, places, blocks = self._items(load.blocks, 0)
-        if not blocks or not self._geometries:
+        if not blocks or not self._is_in_place():
             return None
         call = self._call(load.request_id, self._options.load_seconds_max, load.input_tokens)
         ticket = self._namespace.submit_get(
@@ -133,6 +145,9 @@ class WorkerSide:
             if not self._saves_here:
                 # The first rank has the same bytes, and stores them.
                 self._saved(save, len(save.blocks), False)
+                continue
+            if not self._is_in_place():
+                self._saved(save, 0, False)
                 continue
             try:
                 self._submit_save(save)
@@ -214,6 +229,8 @@ class WorkerSide:
                 self.stats.count("load_bytes", sum(got.lengths))
                 continue
             self._failed.add(request_id)
+            if got is not None and got.reason in _LOST:
+                self._look_for_the_server()
             why = got.reason if got is not None else done.error
             log.info("kvkeep: a load of %d blocks failed after %.3f s: %s", len(get.places), seconds, why)
             if got is not None and got.in_doubt:
@@ -235,6 +252,8 @@ class WorkerSide:
                 stored += 1
             why = done.error if done.stored is None else done.stored.error
             if why is not None:
+                if why.kind in _LOST:
+                    self._look_for_the_server()
                 log.info("kvkeep: %d of %d blocks were saved: %s", stored, len(put.save.blocks), why)
                 log.debug("kvkeep: %s", self._namespace.describe()["text"])
             self._saved(put.save, stored, done.cancelled)

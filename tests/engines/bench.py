@@ -44,13 +44,7 @@ class Bench:
         self.engine = Engine(MODEL, connector(self.server.endpoint), log=folder / "engine.log", kv_gib=2).start()
         self._plain: Engine | None = None
         self._used = 1000
-
-        # Until everything is in place: the namespace, the server's view of the engine's memory.
-        def is_warm() -> bool:
-            self.engine.reset()
-            return first_token(self.engine, prompt(900, 512))[1] > 0
-
-        wait_until(is_warm, 60, "the engine is warm", every=0.5)
+        self.engine.warm_up()
 
     @property
     def plain(self) -> Engine:

@@ -236,6 +236,15 @@ class Engine:
         answer = self._do("generate", prompts=[prompts] if single else prompts, max_tokens=max_tokens, **more)
         return answer["outputs"][0] | {"seconds": answer["seconds"]} if single else answer
 
+    def warm_up(self) -> None:
+        """Until what it computes is found again: it starts without waiting for the store."""
+
+        def is_found() -> bool:
+            self.reset()
+            return self.generate(prompt(900, 2 * BLOCK), 1)["cached"] > 0
+
+        wait_until(is_found, 60, "the engine restores", every=0.2)
+
     def reset(self, connector: bool = False) -> None:
         assert self._do("reset", connector=connector)["done"]
 

@@ -32,6 +32,7 @@ def events_at():
 def engine(server, folder, events_at):
     events = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": f"tcp://*:{events_at}"}
     engine = Engine("small", connector(server.endpoint), log=folder / "engine.log", kv_events_config=events).start()
+    engine.warm_up()
     yield engine
     engine.close()
 
@@ -51,9 +52,10 @@ def test_a_prompt_is_restored_after_the_engines_cache_was_dropped(engine, server
     first = ask(engine, 1)
     assert (first["cached"], first["tokens"]) == (0, plain.tokens("small", 1))
     saved(engine, server)
+    loads, blocks = engine.kvkeep("loads"), engine.kvkeep("load_blocks")
     again = ask(engine, 1)
     assert (again["cached"], again["tokens"]) == (RESTORED, plain.tokens("small", 1))
-    assert engine.kvkeep("loads") == 1 and engine.kvkeep("load_blocks") == RESTORED // BLOCK
+    assert (engine.kvkeep("loads") - loads, engine.kvkeep("load_blocks") - blocks) == (1, RESTORED // BLOCK)
 
 
 def test_what_is_saved_is_told_as_events(engine, server, events_at):
@@ -71,11 +73,10 @@ def test_what_is_saved_is_told_as_events(engine, server, events_at):
     stored = []
     while listening.poll(500):
         _, events, *_ = msgspec.msgpack.decode(listening.recv_multipart()[-1])
-        # An event is its kind, hashes, hash of the block before, token ids, tokens of a block, adapter, medium ...
-        stored += [e for e in events if e[0] == "BlockStored" and "STORAGE" in e]
+        stored += [e for e in events if e["type"] == "BlockStored" and e["medium"] == "STORAGE"]
     listening.close()
-    assert [t for e in stored for t in e[3]] == tokens
-    assert [len(e[1]) for e in stored] == [4] and stored[0][2] is None
+    assert [t for e in stored for t in e["token_ids"]] == tokens
+    assert sum(len(e["block_hashes"]) for e in stored) == 4 and stored[0]["parent_block_hash"] is None
 
 
 def test_what_was_generated_is_restored_with_the_prompt(engine, server):
@@ -120,7 +121,7 @@ def test_a_conversation_is_a_session_of_the_store(engine, server):
 
     def session() -> dict | None:
         found = server.ctl("session", "list")["sessions"]
-        return next((s for s in found if s["id"] == "conversation-41"), None)
+        return next((s for s in found if s["session_id"] == "conversation-41"), None)
 
     wait_until(
         lambda: session() and session()["positions"] == (300 + 19) // BLOCK, 10, "its first turn is in the session"
@@ -202,13 +203,16 @@ def test_corrupted_blocks_are_computed_again(engine, server, plain):
     wait_until(
         lambda: engine.generate(prompt(99, 64), 1) and server.total("kvkeep_connections") > 0, 30, "it is found again"
     )
-    before = engine.kvkeep("load_failures")
+    restored = []
     for seed in (12, 7, 5):
         found = ask(engine, seed)
         assert found["tokens"] == plain.tokens("small", seed), f"seed {seed}"
-    print(f"corrupted: {flipped} bytes; failed loads: {engine.kvkeep('load_failures') - before}")
+        restored.append(found["cached"])
+    print(
+        f"corrupted: {flipped} bytes; restored tokens: {restored}; failed loads: {engine.kvkeep('load_failures'):.0f}"
+    )
     assert server.total("kvkeep_corrupt_copies_total") > 0, "no corrupted block was read: the test shows nothing"
-    assert engine.kvkeep("load_failures") > before
+    assert sum(restored) < 3 * RESTORED
 
 
 def test_the_attention_matters(plain):

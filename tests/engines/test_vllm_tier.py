@@ -62,6 +62,8 @@ def test_two_connectors_work_together(server, folder, plain):
     }
     engine = Engine("small", both, log=folder / "both.log").start()
     try:
+        engine.warm_up()
+        loads = engine.kvkeep("loads")
         for seed in (15, 16):
             expected = plain.tokens("small", seed)
             first = engine.generate(prompt(seed, LENGTH), NEW_TOKENS)
@@ -71,7 +73,7 @@ def test_two_connectors_work_together(server, folder, plain):
             engine.reset()
             again = engine.generate(prompt(seed, LENGTH), NEW_TOKENS)
             assert (again["cached"], again["tokens"]) == ((LENGTH - 1) // BLOCK * BLOCK, expected)
-        assert engine.kvkeep("loads") == 2
+        assert engine.kvkeep("loads") - loads == 2
         # KVKeep keeps to itself after a reset; the other connector has the prompts still, or computes them.
         engine.reset(connector=True)
         for seed in (15, 16):

@@ -21,6 +21,7 @@ def test_weights_are_swapped_in_place_with_two_engines(server, folder):
     shutil.copytree(MODELS / "small", model)
     old = Engine(model, connector(server.endpoint), log=folder / "old.log").start()
     try:
+        old.warm_up()
         expected_old = said(old, 1)["tokens"]
         server.wait_quiet()
         assert said(old, 1)["cached"] == RESTORED

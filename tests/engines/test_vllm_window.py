@@ -8,6 +8,7 @@ from harness import BLOCK, Engine, connector, prompt
 @pytest.fixture(scope="module")
 def engine(server, folder):
     engine = Engine("window", connector(server.endpoint), log=folder / "engine.log").start()
+    engine.warm_up()
     yield engine
     engine.close()
 

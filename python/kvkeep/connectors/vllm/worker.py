@@ -23,7 +23,7 @@ LOADS, SAVES = 0, 1
 QUEUES = 2
 _IDLE_WAIT = 0.002
 """Seconds that a step in which nothing is computed waits for what is under way, instead of going round at once."""
-_FENCED_WAIT = 0.02
+_FENCED_WAIT = 0.1
 """Age in seconds that a save may reach before it is taken back for somebody who needs its blocks in this step."""
 _TAKEN_BACK_WAIT = 1.0
 """Seconds that taking a save back may take at the very most; it takes some tens of microseconds."""

@@ -11,6 +11,7 @@ from .messages import Save, WorkerReport
 @dataclass(slots=True)
 class _Job:
     save: Save
+    request: object
     workers: int
     """That have not reported yet."""
     stored: int
@@ -23,6 +24,8 @@ class Ended:
     """A save that all workers are done with."""
 
     save: Save
+    request: object
+    """vLLM's, which may have finished meanwhile."""
     stored: int
     abandoned: bool
 
@@ -44,8 +47,8 @@ class Saves:
         self._next += 1
         return self._next
 
-    def begin(self, save: Save) -> None:
-        self._jobs[save.job] = _Job(save, self._workers, len(save.blocks))
+    def begin(self, save: Save, request) -> None:
+        self._jobs[save.job] = _Job(save, request, self._workers, len(save.blocks))
         for block in self._blocks(save):
             self._job_of.setdefault(block, set()).add(save.job)
 
@@ -77,7 +80,7 @@ class Saves:
                         readers.discard(number)
                         if not readers:
                             del self._job_of[block]
-                over.append(Ended(job.save, job.stored, job.abandoned))
+                over.append(Ended(job.save, job.request, job.stored, job.abandoned))
         return over
 
     @staticmethod

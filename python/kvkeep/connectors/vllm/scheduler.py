@@ -290,7 +290,7 @@ class SchedulerSide:
         blocks = self._blocks(state, block_ids(request_id), first, full)
         parent = self._key(state, first - 1) if first else None
         save = Save(self._saves.number(), request_id, blocks, parent, first, request.num_prompt_tokens)
-        self._saves.begin(save)
+        self._saves.begin(save, request)
         self._step.saves.append(save)
 
     def _fence(self, blocks) -> None:
@@ -302,14 +302,13 @@ class SchedulerSide:
         self.stats.count("save_bytes", ended.stored * sum(self._shape.block_bytes))
         lost = n - ended.stored
         self.stats.count("save_abandoned_blocks" if ended.abandoned else "save_refused_blocks", lost)
-        state = self._requests.get(save.request_id)
-        if not self._tell_events or not ended.stored or state is None:
+        if not self._tell_events or not ended.stored:
             return
-        key_len, per_key = save.blocks.key_len, self._shape.tokens_per_key
-        hash_len = key_len - len(state.suffix)
+        key_len, per_key, request = save.blocks.key_len, self._shape.tokens_per_key, ended.request
+        hash_len = len(request.block_hashes[0])
         hashes = [save.blocks.keys[i * key_len : i * key_len + hash_len] for i in range(ended.stored)]
-        tokens = state.request.all_token_ids[save.first * per_key : (save.first + ended.stored) * per_key]
-        adapter = state.request.lora_request
+        tokens = request.all_token_ids[save.first * per_key : (save.first + ended.stored) * per_key]
+        adapter = request.lora_request
         self._events.append(
             BlockStored(
                 block_hashes=hashes,

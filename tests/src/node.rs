@@ -16,6 +16,8 @@ use tempfile::TempDir;
 
 /// A server that is not ready by then has failed.
 const READY_MAX: Duration = Duration::from_secs(60);
+/// A port that somebody has for a moment is waited for so long.
+const PORT_WAIT: Duration = Duration::from_secs(30);
 /// A server that has not stopped by then has failed.
 const STOP_MAX: Duration = Duration::from_secs(60);
 /// How long clients of tests wait for a sign of life, unless the test is about that.
@@ -273,7 +275,17 @@ impl Node {
     /// # Panics
     /// If it runs already, or does not become ready.
     pub fn restart(&mut self) {
-        self.try_restart().unwrap_or_else(|why| panic!("{why}"));
+        let until = Instant::now() + PORT_WAIT;
+        loop {
+            match self.try_restart() {
+                Ok(()) => return,
+                // A port that it had before, or that lies beside its own, is somebody's for a moment: of a test's connection.
+                Err(why) if why.contains("Address already in use") && Instant::now() < until => {
+                    std::thread::sleep(Duration::from_millis(100));
+                }
+                Err(why) => panic!("{why}"),
+            }
+        }
     }
 
     /// Starts the server and waits until it is ready, or says why it did not become so.

@@ -81,3 +81,40 @@ def test_two_connectors_work_together(server, folder, plain):
         assert engine.kvkeep("errors") == 0
     finally:
         engine.close()
+
+
+def test_prompts_that_end_with_a_block_are_continued_as_from_the_host_tier(server, folder):
+    """Of such a prompt vLLM loads every token and computes the last one again, with other rounding than in a whole prompt: a model
+    of random weights may then say another token. What comes from below must be what vLLM's own host tier gives."""
+    seeds, length = range(1, 9), 32 * BLOCK
+    alone = offloading(server)
+    alone["kv_connector_extra_config"]["secondary_tiers"] = []
+
+    def said(configuration: dict, name: str, kill: bool) -> list[list[int]]:
+        engine = Engine("small", configuration, log=folder / name).start()
+        try:
+            tokens = [engine.generate(prompt(seed, length), NEW_TOKENS) for seed in seeds]
+            engine.generate(prompt(92, 8), 4)
+            if not kill:
+                engine.reset()
+                tokens = [engine.generate(prompt(seed, length), NEW_TOKENS) for seed in seeds]
+                assert all(found["cached"] >= length - 1 for found in tokens)
+            return [found["tokens"] for found in tokens]
+        finally:
+            if kill:
+                server.wait_quiet()
+                engine.kill()
+            else:
+                engine.close()
+
+    from_host = said(alone, "host.log", kill=False)
+    below = offloading(server, namespace="prompts that end with a block")
+    said(below, "below-first.log", kill=True)
+    engine = Engine("small", below, log=folder / "below.log").start()
+    try:
+        for seed, expected in zip(seeds, from_host, strict=True):
+            found = engine.generate(prompt(seed, length), NEW_TOKENS)
+            assert found["cached"] >= length - 1
+            assert found["tokens"] == expected
+    finally:
+        engine.close()

@@ -223,9 +223,9 @@ impl Store {
             tokio::select! {
                 () = self.stopping.cancelled() => return,
                 () = self.pressure.notified() => {}
-                () = tokio::time::sleep(WATERMARK_POLL) => {}
+                // Not with each put: while there is pressure, what has ended is evicted first anyway.
+                () = tokio::time::sleep(WATERMARK_POLL) => self.let_finished_go().await,
             }
-            self.let_finished_go().await;
             let usage = self.arena.usage();
             let share = |percent: u8| usage.capacity_bytes / 100 * u64::from(percent);
             let low = share(self.config.arena.low_watermark_percent);

@@ -40,6 +40,8 @@ pub struct Options {
     pub no_io_uring: bool,
     /// Lines of `tenant token [admin]`; none: everybody is the tenant `default`.
     pub tokens: Vec<String>,
+    /// More of the `[arena]` table, in TOML.
+    pub arena: String,
     /// More of the `[limits]` table, in TOML.
     pub limits: String,
     /// More of the `[nvme]` table, in TOML.
@@ -58,6 +60,7 @@ impl Default for Options {
             nvme_bytes: 256 << 20,
             no_io_uring: false,
             tokens: Vec::new(),
+            arena: String::new(),
             limits: String::new(),
             nvme: String::new(),
             environment: Vec::new(),
@@ -264,7 +267,11 @@ impl Node {
             fs::set_permissions(&tokens, fs::Permissions::from_mode(0o600)).expect("its mode can be set");
             let _ = writeln!(text, "[auth]\ntokens_file = {:?}", tokens.display().to_string());
         }
-        let _ = writeln!(text, "[nvme]\n{}\n[limits]\n{}", self.options.nvme, self.options.limits);
+        let _ = writeln!(
+            text,
+            "[arena]\n{}\n[nvme]\n{}\n[limits]\n{}",
+            self.options.arena, self.options.nvme, self.options.limits
+        );
         let path = self.beside("config.toml");
         fs::write(&path, text).expect("the configuration can be written");
         path

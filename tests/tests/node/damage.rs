@@ -143,7 +143,8 @@ async fn a_flipped_bit_in_adopted_memory_is_a_miss_or_read_from_nvme() {
 #[tokio::test]
 async fn a_flipped_bit_in_memory_ends_the_part_that_is_being_sent() {
     const BYTES: usize = 2 << 20;
-    let node = Node::start(Options::default());
+    // A scrub would find the damage as well, and before the get does.
+    let node = Node::start(Options { arena: "scrub_bytes_per_s = 0".into(), ..Options::default() });
     let client = node.client_with(|c| c.way = WayWish::Only(Wire::Port)).await;
     let ns = super::namespace(&client, &formats::plain(BYTES as u64)).await;
     let keys = payload::chain(1, 3);
@@ -166,6 +167,27 @@ async fn a_flipped_bit_in_memory_ends_the_part_that_is_being_sent() {
     }
     leaks::eventually(&client, "both copies are counted", |s| s.counters["kvkeep_corrupt_copies_total"] == 2).await;
     leaks::nothing_is_held(&client).await;
+}
+
+/// A scrub and a get find the same damage at the same time, often enough.
+#[tokio::test]
+async fn a_copy_that_two_find_bad_is_counted_once() {
+    const BYTES: usize = 2 << 20;
+    let node = Node::start(Options { arena: "scrub_bytes_per_s = 4294967296".into(), ..Options::default() });
+    let client = node.client_with(|c| c.way = WayWish::Only(Wire::Port)).await;
+    let ns = super::namespace(&client, &formats::plain(BYTES as u64)).await;
+    for round in 1..=20 {
+        let keys = payload::chain(round, 1);
+        assert!(ns.put(&super::put_of(&keys, BYTES, Class::Durable), &Call::default()).await.unwrap()[0].is_kept());
+        let place = places(node.arena_dir(), &payload::block(&keys[0], BYTES)[BYTES - 1000..][..32]);
+        flip(&place[0].0, place[0].1, 5);
+        let got = ns.get(&[GetItem::of(keys[0].clone())], None, &Call::default()).await.unwrap();
+        assert!(got[0].data.is_empty() || got[0].data == payload::block(&keys[0], BYTES), "{:?}", got[0].reason);
+        leaks::eventually(&client, "it is counted", |s| s.counters["kvkeep_corrupt_copies_total"] >= round).await;
+        // Who came second has ended: it held the copy.
+        leaks::nothing_is_held(&client).await;
+        assert_eq!(client.stats(&Call::default()).await.unwrap().counters["kvkeep_corrupt_copies_total"], round);
+    }
 }
 
 /// The tables beside the slots say which block a slot holds: damage there adopts nothing wrong.

@@ -216,14 +216,15 @@ impl Store {
             bytes += part.len() as u64;
             self.counters.scrubbed_copies.one();
             if self.arena.verify(*slot, std::thread::yield_now) == Some(false) {
-                self.counters.corrupt_copies.one();
-                let meta = part.meta();
-                tracing::error!(block = ?meta.as_ref().map(|m| m.id), "scrub: a DRAM copy failed its check: quarantined");
-                self.arena.quarantine(*slot);
-                if let Ok(meta) = meta {
-                    self.directory.lock().drop_slot(&meta.id, *slot, MissReason::Quarantined);
-                    let why = Some(MissReason::Quarantined);
-                    self.journal.note(&meta.id.digest, Happening::Quarantined, Tier::Dram, why);
+                match part.meta() {
+                    Ok(meta) => self.drop_bad_copy(&meta.id, *slot),
+                    Err(error) => {
+                        // Not even its entry says what it was, or somebody was first.
+                        if self.arena.quarantine(*slot) {
+                            tracing::error!(%error, "a DRAM copy and its entry failed their checks: quarantined");
+                            self.counters.corrupt_copies.one();
+                        }
+                    }
                 }
             }
         }

@@ -271,13 +271,14 @@ impl Store {
         chunks_match(part, meta, chunks)
     }
 
-    /// A DRAM copy has other bytes than were put: it is not used again.
+    /// A DRAM copy has other bytes than were put: it is not used again. Whoever finds it first counts it.
     pub fn drop_bad_copy(&self, id: &BlockId, slot: kvkeep_core::SlotRef) {
-        tracing::error!(block = ?id, "a DRAM copy failed its check: quarantined");
-        self.counters.corrupt_copies.one();
-        self.arena.quarantine(slot);
+        if self.arena.quarantine(slot) {
+            tracing::error!(block = ?id, "a DRAM copy failed its check: quarantined");
+            self.counters.corrupt_copies.one();
+            self.journal.note(&id.digest, Happening::Quarantined, Tier::Dram, Some(MissReason::Quarantined));
+        }
         self.directory.lock().drop_slot(id, slot, MissReason::Quarantined);
-        self.journal.note(&id.digest, Happening::Quarantined, Tier::Dram, Some(MissReason::Quarantined));
     }
 
     /// Whether a part may be read past the arena: all of it, in whole pages, and not so often used that DRAM should have it.

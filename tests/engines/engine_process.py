@@ -28,9 +28,14 @@ def main() -> None:
 
 
 def generate(llm, params_of, prompts, max_tokens, kv_transfer_params=None, logprobs=None):
-    """All prompts at once. Per prompt: tokens, how many of it came out of a cache, seconds until its first token and its last."""
+    """All prompts at once. Per prompt: tokens, how many of it came out of a cache, seconds until its first token and its last.
+    `max_tokens`: of each prompt, or of all."""
     extra = {"kv_transfer_params": kv_transfer_params} if kv_transfer_params else None
-    params = params_of(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, extra_args=extra, logprobs=logprobs)
+
+    def up_to(n):
+        return params_of(temperature=0.0, max_tokens=n, ignore_eos=True, extra_args=extra, logprobs=logprobs)
+
+    params = [up_to(n) for n in max_tokens] if isinstance(max_tokens, list) else up_to(max_tokens)
     started = time.perf_counter()
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     seconds = time.perf_counter() - started

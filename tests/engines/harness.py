@@ -42,22 +42,35 @@ def wait_until(true, seconds: float, what: str, every: float = 0.05):
 
 
 class Server:
-    """A `kvkeepd` over a folder, on its Unix socket alone."""
+    """A `kvkeepd` over a folder, on its Unix socket alone, or on two ports of 127.0.0.1 alone."""
 
     def __init__(
-        self, folder: Path, *, dram: str = "2GiB", nvme: str = "8GiB", preload: str | None = None, **environment: str
+        self,
+        folder: Path,
+        *,
+        dram: str = "2GiB",
+        nvme: str = "8GiB",
+        preload: str | None = None,
+        ports: list[int] | None = None,
+        **environment: str,
     ):
+        """`ports`: for gRPC and for the block protocol."""
         self.folder, self.dram, self.nvme = Path(folder), dram, nvme
-        self.environment, self.preload = environment, preload
+        self.environment, self.preload, self.ports = environment, preload, ports
         self.arena = Path(tempfile.mkdtemp(prefix="kvkeep-engines-", dir="/dev/shm"))
         self.process: subprocess.Popen | None = None
-        self.endpoint = f"unix:{self.folder}/kvkeepd.sock"
+        self.endpoint = f"127.0.0.1:{ports[0]}" if ports else f"unix:{self.folder}/kvkeepd.sock"
         self._metrics_at: str | None = None
 
     def start(self) -> Server:
         self.folder.mkdir(parents=True, exist_ok=True)
         environment = {k: v for k, v in os.environ.items() if not k.startswith("KVKEEP_")}
-        environment |= {"KVKEEP_NVME_BYTES": self.nvme} if self.nvme != "off" else {"KVKEEP_NVME_OFF": "true"}
+        environment |= {"KVKEEP_NVME_BYTES": self.nvme} if self.nvme != "off" else {"KVKEEP_NO_NVME": "true"}
+        if self.ports:
+            grpc, block = (f"127.0.0.1:{port}" for port in self.ports)
+            environment |= {"KVKEEP_LISTEN": grpc, "KVKEEP_BLOCK_LISTEN": block, "KVKEEP_UNIX_SOCKET": "off"}
+        else:
+            environment["KVKEEP_LISTEN"] = "off"
         environment |= self.environment
         if self.preload:
             environment["LD_PRELOAD"] = self.preload
@@ -68,8 +81,6 @@ class Server:
                 KVKEEPD,
                 "--data-dir",
                 self.folder,
-                "--listen",
-                "off",
                 "--arena-bytes",
                 self.dram,
                 "--arena-dir",
@@ -172,7 +183,7 @@ class Engine:
         connector: dict | None = None,
         *,
         log: Path,
-        kv_gib: int = 1,
+        kv_gib: float = 1,
         environment=None,
         **settings,
     ):
@@ -230,7 +241,7 @@ class Engine:
         self.start_seconds = self._answer(600)["start_seconds"]
         self._pids = self._do("processes")["pids"]
 
-    def generate(self, prompts, max_tokens: int = 1, **more) -> dict:
+    def generate(self, prompts, max_tokens: int | list[int] = 1, **more) -> dict:
         """All prompts at once (a list of lists of token ids), or one."""
         single = isinstance(prompts[0], int)
         answer = self._do("generate", prompts=[prompts] if single else prompts, max_tokens=max_tokens, **more)

@@ -114,7 +114,7 @@ def main() -> None:
     figures = {}
     for engine in (sglang, lmcache):
         with tempfile.TemporaryDirectory() as folder:
-            server = Server(Path(folder) / "data", dram="3GiB", nvme="off", KVKEEP_NO_NVME="true").start()
+            server = Server(Path(folder) / "data", dram="3GiB", nvme="off").start()
             try:
                 figures[engine.__name__] = engine(server)
             finally:

@@ -37,6 +37,10 @@ HISTOGRAMS = {
         "From a save's start until its blocks are free of it.",
         (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5),
     ),
+    "hold_seconds": (
+        "How long a step that needed a block of a save under way waited for it.",
+        (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.11, 0.2, 0.5, 1),
+    ),
     "scheduler_seconds": (
         "Of the connector in one step of the scheduler.",
         (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.1),

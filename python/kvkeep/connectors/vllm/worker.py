@@ -98,13 +98,16 @@ class WorkerSide:
         self._collect_puts(self._namespace.poll(SAVES, 512))
         wanted = set(step.fences)
         begun = [put.started for put in self._puts.values() if put.save.job in wanted]
-        if not begun or self._are_over(wanted, min(begun) + _FENCED_WAIT):
+        if not begun:
             return
-        for ticket, put in list(self._puts.items()):
-            if put.save.job in wanted:
-                self._namespace.cancel(ticket)
-        if not self._are_over(wanted, time.monotonic() + _TAKEN_BACK_WAIT):
-            log.error("kvkeep: a save was not taken back")
+        since = time.monotonic()
+        if not self._are_over(wanted, min(begun) + _FENCED_WAIT):
+            for ticket, put in list(self._puts.items()):
+                if put.save.job in wanted:
+                    self._namespace.cancel(ticket)
+            if not self._are_over(wanted, time.monotonic() + _TAKEN_BACK_WAIT):
+                log.error("kvkeep: a save was not taken back")
+        self.stats.observe("hold_seconds", time.monotonic() - since)
 
     def _are_over(self, jobs: set[int], until: float) -> bool:
         """Whether none of these saves is under way any more; waits for it."""

@@ -1,0 +1,90 @@
+"""What the store is for: conversations that come back, and documents that are asked about."""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING
+
+from bench_speed import first_token, ms, pairwise, ratio
+
+if TYPE_CHECKING:
+    from bench import Bench
+
+
+def turns(bench: Bench) -> dict:
+    """A conversation of ten turns; between two of them the engine's cache is dropped. Beside it an engine that drops it as well and
+    has no store, and one that keeps all of it: no store can be faster than that."""
+    rows, history = [], bench.new(512)
+    bench.plain.reset()
+    for turn in range(1, 11):
+        history = history + bench.new(160)
+        bench.engine.reset()
+        seconds, cached = first_token(bench.engine, history)
+        kept, _ = first_token(bench.plain, history)
+        bench.plain.reset()
+        without, _ = first_token(bench.plain, history)
+        said = bench.engine.generate(history, 64)
+        assert bench.plain.generate(history, 64)["tokens"] == said["tokens"], "other tokens than without a store"
+        rows.append(
+            {
+                "turn": turn,
+                "prompt_tokens": len(history),
+                "restored_tokens": cached,
+                "ttft_ms": round(seconds * 1e3),
+                "ttft_kept_ms": round(kept * 1e3),
+                "ttft_without_ms": round(without * 1e3),
+            }
+        )
+        print(rows[-1], flush=True)
+        history = history + said["tokens"]
+        bench.server.wait_quiet()
+    return {
+        "rows": rows,
+        "turn_10_over_turn_2": ratio(rows[9]["ttft_ms"], rows[1]["ttft_ms"]),
+        "turn_10_over_turn_2_kept": ratio(rows[9]["ttft_kept_ms"], rows[1]["ttft_kept_ms"]),
+        "store_over_kept": pairwise([r["ttft_ms"] for r in rows[1:]], [r["ttft_kept_ms"] for r in rows[1:]]),
+    }
+
+
+def documents(bench: Bench) -> dict:
+    """One document of 8k tokens and twenty questions; between two of them the engine's cache is dropped."""
+    document, question = bench.new(8192), 64
+    cold, asked, cached = [], [], 0
+    for _ in range(3):
+        bench.plain.reset()
+        cold.append(first_token(bench.plain, document + bench.new(question))[0])
+    bench.engine.reset()
+    first = first_token(bench.engine, document + bench.new(question))[0]
+    bench.server.wait_quiet()
+    for _ in range(20):
+        bench.engine.reset()
+        seconds, cached = first_token(bench.engine, document + bench.new(question))
+        asked.append(seconds)
+        bench.server.wait_quiet()
+    print({"cold": ms(cold), "first": ms([first]), "asked": ms(asked)}, flush=True)
+    # Four sessions at once, each with its own document of 4k.
+    documents = [bench.new(4096) for _ in range(4)]
+    for own in documents:
+        bench.engine.reset()
+        bench.engine.generate(own, 1)
+        bench.server.wait_quiet()
+    without, with_store = [], []
+    for _ in range(3):
+        batch = [own + bench.new(question) for own in documents]
+        bench.plain.reset()
+        without.append(bench.plain.generate(batch, 32)["seconds"])
+        bench.engine.reset()
+        with_store.append(bench.engine.generate(batch, 32)["seconds"])
+        bench.server.wait_quiet()
+    return {
+        "document_tokens": 8192,
+        "questions": 20,
+        "cold_ms": ms(cold),
+        "first_ms": ms([first]),
+        "asked_ms": ms(asked),
+        "restored_tokens": cached,
+        "mean_ttft_over_cold": ratio(statistics.mean(asked), statistics.mean(cold)),
+        "mean_ttft_with_the_first_over_cold": ratio(statistics.mean([first, *asked]), statistics.mean(cold)),
+        "four_sessions_ms": {"plain": ms(without), "store": ms(with_store)},
+        "four_sessions_throughput_over_plain": pairwise(without, with_store),
+    }

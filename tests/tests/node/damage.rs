@@ -176,7 +176,7 @@ async fn a_copy_that_two_find_bad_is_counted_once() {
     let node = Node::start(Options { arena: "scrub_bytes_per_s = 4294967296".into(), ..Options::default() });
     let client = node.client_with(|c| c.way = WayWish::Only(Wire::Port)).await;
     let ns = super::namespace(&client, &formats::plain(BYTES as u64)).await;
-    for round in 1..=20 {
+    for round in 1..=8 {
         let keys = payload::chain(round, 1);
         assert!(ns.put(&super::put_of(&keys, BYTES, Class::Durable), &Call::default()).await.unwrap()[0].is_kept());
         let place = places(node.arena_dir(), &payload::block(&keys[0], BYTES)[BYTES - 1000..][..32]);

@@ -139,7 +139,8 @@ def holds(bench: Bench) -> dict:
     prompt needs half of."""
     bench.rest()
     server = _slow_server(bench, dram="2GiB")
-    engine = bench.start("holds", connector(server.endpoint, cls="durable"), num_gpu_blocks_override=8192 // BLOCK)
+    small = {"num_gpu_blocks_override": 8192 // BLOCK, "max_model_len": 4096}
+    engine = bench.start("holds", connector(server.endpoint, cls="durable"), **small)
     try:
         engine.warm_up()
         before = engine.metrics()

@@ -22,6 +22,7 @@ use crate::matching::{Match, MatchQuery};
 use crate::namespace::Lease;
 use crate::put::{PartOutcome, Put};
 use crate::region::Place;
+use crate::region::mapped::MappedMatch;
 
 /// Where the I/O thread itself does not run (the machine is that busy), a call that waits gives up so long after its deadline.
 const STALL_MAX: Duration = Duration::from_millis(100);
@@ -70,6 +71,20 @@ impl Engine {
         let answer =
             self.ask(call, |call| move |io: Arc<Io>| async move { io.match_many(queries, &call, until).await })?;
         answer.unwrap_or_else(|| Ok(missed.into_iter().map(|keys| Ok(late().matched(keys))).collect()))
+    }
+
+    /// The same for one chain, and where its blocks lie in the server's memory, to be read in place; see
+    /// [`Namespace::match_mapped`](crate::Namespace::match_mapped). Without parts where the server is lost, where this process
+    /// cannot read in place, and where the query asks for no lease. In a forked child what its parent matched is gone:
+    /// [`MappedMatch::after_fork`].
+    ///
+    /// # Errors
+    /// Where the query is wrong; `config` where the server's memory cannot be mapped.
+    pub fn match_mapped(&self, query: MatchQuery, call: &Call) -> Result<MappedMatch> {
+        let (missed, until) = (query.statuses_asked(), self.until(call));
+        let answer =
+            self.ask(call, |call| move |io: Arc<Io>| async move { io.match_mapped(query, &call, until).await })?;
+        answer.unwrap_or_else(|| Ok(MappedMatch { found: late().matched(missed), parts: Vec::new() }))
     }
 
     /// Takes a lease; see [`Namespace::lease`](crate::Namespace::lease).

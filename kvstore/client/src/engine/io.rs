@@ -24,6 +24,7 @@ use crate::matching::{Match, MatchQuery};
 use crate::namespace::{Lease, Namespace};
 use crate::put::{PartOutcome, Put};
 use crate::region::Place;
+use crate::region::mapped::MappedMatch;
 
 /// A call that keeps to its deadline has ended so long after it; one that does not is dropped then.
 pub(super) const GRACE: Duration = Duration::from_millis(20);
@@ -156,6 +157,18 @@ impl Io {
             })
         };
         Ok(results.into_iter().zip(&queries).map(soften).collect())
+    }
+
+    pub(super) async fn match_mapped(&self, query: MatchQuery, call: &Call, until: Instant) -> Result<MappedMatch> {
+        let asked = &query;
+        let verb = |ns: Namespace, call: Call| async move { ns.match_mapped(asked, &call).await };
+        match self.run(call, until, verb).await? {
+            Err(miss) => Ok(MappedMatch { found: miss.matched(query.statuses_asked()), parts: Vec::new() }),
+            Ok(mapped) => {
+                self.watch(mapped.found.reason);
+                Ok(mapped)
+            }
+        }
     }
 
     pub(super) async fn lease(

@@ -131,6 +131,11 @@ impl<T> Drop for Asked<T> {
 }
 
 impl<T> Answer<T> {
+    /// Nobody will give it.
+    pub(super) fn is_hopeless(&self) -> bool {
+        matches!(*alone(&self.0.state), State::Never)
+    }
+
     /// Waits for the answer, at most so long; `None`: there is none yet, or never.
     pub(super) fn wait(&self, within: Duration) -> Option<T> {
         let until = Instant::now() + within;
@@ -166,8 +171,10 @@ mod tests {
         assert_eq!(answer.wait(Duration::from_secs(60)), Some(5));
         giver.join().unwrap();
         let (asked, answer) = super::answer::<u8>();
+        assert!(!answer.is_hopeless());
         drop(asked);
         assert_eq!(answer.wait(Duration::from_secs(60)), None);
+        assert!(answer.is_hopeless());
     }
 
     #[test]

@@ -41,7 +41,7 @@ pub(super) struct Life {
     pub(super) generation: u16,
     pub(super) io: Arc<Io>,
     pub(super) queues: Vec<Arc<Queue>>,
-    jobs: Arc<Jobs<Io>>,
+    pub(super) jobs: Arc<Jobs<Io>>,
     /// Whether the thread runs, for those who look without a lock.
     started: AtomicBool,
     thread: Mutex<Thread>,

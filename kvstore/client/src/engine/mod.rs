@@ -45,12 +45,14 @@
 //!
 //! The map: [`config`](EngineConfig) -> `life` (what a process has: thread, client, queues) -> `jobs` (the way to the thread
 //! and back) -> `contact` (is the server there?) -> `io` (the verbs on the thread) -> `calls` and `submit` (the verbs of
-//! callers), `queue`, `losses` (errors made into misses), `others` (sessions, and whatever else is no hot verb), `describe`.
+//! callers), `queue`, `losses` (errors made into misses), `others` (sessions, and whatever else is no hot verb), `events`,
+//! `describe`.
 
 mod calls;
 mod config;
 mod contact;
 mod describe;
+mod events;
 mod io;
 mod jobs;
 mod life;
@@ -66,6 +68,7 @@ use std::time::Duration;
 
 pub use config::{EngineConfig, IN_FLIGHT_MAX, QUEUES_MAX};
 pub use describe::{Description, EngineCounters, QueueLengths, RegionState};
+pub use events::{Events, Told};
 pub use queue::{Completion, Outcome, Submission, Ticket};
 
 use crate::block::faults::Fault;

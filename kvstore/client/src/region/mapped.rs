@@ -40,6 +40,20 @@ pub struct MappedMatch {
     pub parts: Vec<MappedPart>,
 }
 
+impl MappedMatch {
+    /// In a forked child: puts zeroes where the blocks lay, for whoever holds on to [`MappedBlock::as_ptr`] there. Elsewhere it
+    /// does nothing. It takes no lock.
+    pub fn after_fork(&self) {
+        let mut last: Option<&Arc<Memory>> = None;
+        for MappedBlock { file, .. } in self.parts.iter().filter_map(|part| part.block.as_ref()) {
+            if !last.is_some_and(|known| Arc::ptr_eq(known, file)) {
+                file.stand_in();
+            }
+            last = Some(file);
+        }
+    }
+}
+
 /// One part.
 #[derive(Clone, Debug)]
 pub struct MappedPart {
@@ -87,7 +101,8 @@ impl MappedBlock {
     }
 
     /// Whether the slot was this block's all the while until now. `false`: what was read is worthless. A forked child does
-    /// not have the mapping: there it is `false` always, and [`Self::as_ptr`] points nowhere.
+    /// not have the mapping: there it is `false` always, and [`Self::as_ptr`] points nowhere, or after
+    /// [`MappedMatch::after_fork`] to zeroes.
     pub fn is_still_there(&self) -> bool {
         self.file.is_here() && is_still(self, self.generation)
     }

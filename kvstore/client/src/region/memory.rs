@@ -109,6 +109,18 @@ impl Memory {
         self.only_of.is_none_or(|owner| owner == process::this())
     }
 
+    /// In a forked child that lacks the mapping: puts pages of zeroes where it was, read-only, for the rest of the child's life.
+    /// What still points there reads those instead of ending the process. Elsewhere, and a second time, it does nothing.
+    pub(crate) fn stand_in(&self) {
+        if self.is_here() {
+            return;
+        }
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED_NOREPLACE;
+        // SAFETY: the kernel maps these pages only where nothing is mapped (or, before 4.17, at an address of its choice), so
+        // nobody's memory is touched.
+        let _ = unsafe { rustix::mm::mmap_anonymous(self.base.as_ptr().cast(), self.len, ProtFlags::READ, flags) };
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.len
     }

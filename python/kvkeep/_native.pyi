@@ -27,10 +27,11 @@ Words that hold everywhere:
 * **Forks.** A forked child goes on with the same objects: it is a new instance with connections, queues and event descriptors of
   its own (ask `event_fd` again). Tickets of its parent are not its own, and buffers that the parent's calls held at that moment
   stay held in the child. Objects cannot be pickled: a spawned process makes its own.
-* **Signals.** `wait` and `ready` look for them (Ctrl-C) while they wait; the other calls end by their deadlines.
+  What is bound to the parent's connections ends in the child: `MappedBlock` and `Events` say how.
+* **Signals.** `wait`, `ready` and `Events` look for them (Ctrl-C) while they wait; the other calls end by their deadlines.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal, Self, TypeAlias, final
 
@@ -387,6 +388,145 @@ class Completion:
         """The call itself was wrong (`kind` is "wrong"). Nothing is ever raised by polling."""
 
 @final
+class MappedMatch:
+    """A match, and where its blocks lie in the server's memory, to be read in place: nothing is copied.
+
+    It holds the lease, which ends after its `ttl` as any does. The lease is given back when `release` was called and no buffer of
+    a block is left, or when neither this nor a part, block or buffer of it is left; matches of one request share a lease, which
+    goes back with the last of them. Once the lease has ended the server may use the memory anew, whoever still reads: so whoever
+    has read asks `MappedBlock.is_still_there`.
+    """
+
+    @property
+    def found(self) -> Match: ...
+    @property
+    def parts(self) -> tuple[MappedPart, ...]:
+        """The parts of the positions up to the boundary, in order. Empty where this process cannot read in place (another
+        host, a user that the server does not trust: `auth.map_uids`; then `Namespace.describe()["way"]["mapped"]` is False),
+        where the query asks for no lease, and where the server is lost. `Namespace.get_into` goes everywhere."""
+    def release(self) -> bool:
+        """Gives the lease back now, or where a buffer of a block is still there (False) with the last of them. No buffer can be
+        had after it. Never waits; idempotent. Leaving a `with` block does the same."""
+    def __enter__(self) -> MappedMatch: ...
+    def __exit__(self, *args: object) -> None: ...
+
+@final
+class MappedPart:
+    """One part of a mapped match."""
+
+    @property
+    def item(self) -> int:
+        """Index of its key."""
+    @property
+    def group(self) -> int: ...
+    @property
+    def shard(self) -> int: ...
+    @property
+    def status(self) -> int:
+        """HIT; LOADING where it is on NVMe only (get it, or prefetch it and match again); or MISS."""
+    @property
+    def reason(self) -> str | None:
+        """Why it is no hit."""
+    @property
+    def block(self) -> MappedBlock | None:
+        """Where it lies, where it is a hit."""
+
+@final
+class MappedBlock:
+    """A block in the server's memory. Has the buffer protocol: `memoryview(block)` is read-only bytes, and a writable buffer
+    is refused with BufferError, as any is after `MappedMatch.release`.
+
+    The memory stays mapped as long as the block or a buffer of it lives, also when the namespace was closed or the server has
+    died. A forked child does not have it: there a buffer that was had before the fork reads as zeroes, `is_still_there` is False,
+    a new buffer is refused with BufferError, and the lease stays its parent's. (That is done by `os.fork`'s handlers: a
+    program that forks in another way must not read in the child.)
+    """
+
+    def __len__(self) -> int:
+        """Bytes."""
+    @property
+    def address(self) -> int:
+        """Where it starts in this process, for a copy of the caller's own (to a GPU). Only as long as the block lives."""
+    @property
+    def version(self) -> int:
+        """Of the put that made the bytes."""
+    def is_still_there(self) -> bool:
+        """Whether the memory was this block's all the while until now. Asked behind every read or copy; False: what was read
+        is worthless, and is a miss. So it is when the lease has ended and the memory was used anew, when the position was
+        removed, and in a forked child."""
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+@final
+class Event:
+    """What happened to one position."""
+
+    @property
+    def sequence(self) -> int:
+        """Goes up. 0: one of a snapshot."""
+    @property
+    def what(self) -> Literal["stored", "promoted", "demoted", "removed", "unknown"]:
+        """After "removed" it is no longer readable. "unknown": a newer server's word."""
+    @property
+    def handle(self) -> tuple[int, int]:
+        """Its namespace and revision, as `Namespace.describe()["handle"]` has them."""
+    @property
+    def key(self) -> _Bytes: ...
+    @property
+    def parent_key(self) -> _Bytes | None:
+        """Of the position before; None: the chain starts here, or it is not known."""
+    @property
+    def position(self) -> int:
+        """Index in its chain."""
+    @property
+    def token_ids(self) -> list[int]:
+        """As its put gave them; none in a snapshot."""
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def tier(self) -> Tier | None: ...
+    @property
+    def groups(self) -> list[int]: ...
+
+@final
+class EventBatch:
+    """Some events, in order."""
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """At most a few hundred."""
+    @property
+    def sequence(self) -> int:
+        """Of the last event: where to go on, as `after_sequence`."""
+    @property
+    def gap(self) -> bool:
+        """Events were lost, because the reader was too slow or asked for what is too old: watch again with a snapshot."""
+    @property
+    def snapshot_end(self) -> bool:
+        """That was what is here; what follows are changes."""
+
+@final
+class Events:
+    """A stream of events. Iterating waits for batch after batch, without the GIL; signals interrupt it (KeyboardInterrupt).
+
+    It ends (StopIteration; None and `ended`) with `close`, with its namespace, when the server ends it in order, and in a forked
+    child, which watches anew. A server that is lost raises Error (`unreachable`, `retryable`), once: watch again, after the last
+    `EventBatch.sequence` while it is the same server, else with a snapshot. At most one batch waits in this process; a
+    reader that is too slow holds the server back and is told of the `gap`. Threads that share it get each batch once.
+    """
+
+    def next_batch(self, timeout: float = 1.0) -> EventBatch | None:
+        """The next batch; None where none came in time, or none will: `ended`."""
+    @property
+    def ended(self) -> bool:
+        """Nothing will be told any more. False while another thread waits."""
+    def close(self) -> None:
+        """Ends it, also for a thread that waits. Idempotent; leaving a `with` block does the same."""
+    def __iter__(self) -> Iterator[EventBatch]: ...
+    def __next__(self) -> EventBatch: ...
+    def __enter__(self) -> Events: ...
+    def __exit__(self, *args: object) -> None: ...
+
+@final
 class Client:
     """Where the server is and how patient to be with it. Holds no connection: each namespace has its own.
 
@@ -451,6 +591,9 @@ class Namespace:
         first."""
     def match_many(self, queries: Sequence[Query], *, call: Call | None = None) -> list[Match]:
         """Many chains in one call; a query that is wrong alone has `Match.error`."""
+    def match_mapped(self, query: Query, *, call: Call | None = None) -> MappedMatch:
+        """Looks one chain up, leases what matched, and answers where it lies in the server's memory: for a process on the
+        server's host that it trusts. The query needs a `lease`. A miss, a lost server or a way without mappings is no parts."""
     def lease(
         self, keys: Keys, *, key_len: int | None = None, ttl: float | None = None, call: Call | None = None
     ) -> tuple[Lease | None, bytes]:
@@ -561,6 +704,17 @@ class Namespace:
         self, keys: Keys, *, key_len: int | None = None, tier: Tier = "dram", call: Call | None = None
     ) -> tuple[int, int, int]:
         """Starts bringing positions up: (started, already there, refused)."""
+    def watch_events(
+        self,
+        *,
+        all_namespaces: bool = False,
+        snapshot: bool = False,
+        after_sequence: int = 0,
+        call: Call | None = None,
+    ) -> Events:
+        """Follows what is stored and removed, here or in all namespaces of the tenant. `snapshot`: first what is here.
+        `after_sequence`: go on after this event; not with a snapshot. The call's deadline covers the opening, which raises
+        Error where the server is lost or as many are watching as may (`throttled`)."""
     def describe(self) -> dict[str, Any]:
         """How it stands: standing, why, way, breaker, server, counters, client, queues, regions; "text" for people."""
     def counters(self) -> dict[str, int]: ...

@@ -57,6 +57,7 @@ fn describe<'py>(py: Python<'py>, d: &Description) -> PyResult<Bound<'py, PyDict
         dict.set_item("wire", way.wire.word())?;
         dict.set_item("to", &way.to)?;
         dict.set_item("regions", way.regions)?;
+        dict.set_item("mapped", way.mapped)?;
         dict.set_item("why", &way.why)?;
         PyResult::Ok(dict)
     });

@@ -3,7 +3,8 @@
 //!
 //! The map: `error` (the one exception) -> `held` (objects whose buffers a call uses) -> `args` (keys, parts, calls) and `format`
 //! -> `region`, `place` (memory, and where blocks lie in it) -> `client`, `namespace` (what waits), `submit` (what does not),
-//! `sessions`, with `items` (what a get or a put names) -> `results` (codes instead of objects), `session_info`, `describe`.
+//! `sessions`, with `items` (what a get or a put names) -> `results` (codes instead of objects), `mapped` (blocks in the
+//! server's memory), `events`, `session_info`, `describe`.
 //!
 //! The rules: the GIL is released wherever something may be waited for; a lock of this crate is only taken by who has the
 //! GIL, so that none is held by another thread when Python forks; and nothing of Python's is touched by the SDK's own thread.
@@ -12,9 +13,11 @@ mod args;
 mod client;
 mod describe;
 mod error;
+mod events;
 mod format;
 mod held;
 mod items;
+mod mapped;
 mod namespace;
 mod place;
 mod region;
@@ -62,6 +65,12 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<results::Got>()?;
     m.add_class::<results::Stored>()?;
     m.add_class::<results::Completion>()?;
+    m.add_class::<mapped::MappedMatch>()?;
+    m.add_class::<mapped::MappedPart>()?;
+    m.add_class::<mapped::MappedBlock>()?;
+    m.add_class::<events::Events>()?;
+    m.add_class::<events::EventBatch>()?;
+    m.add_class::<events::Event>()?;
     m.add_class::<client::Client>()?;
     m.add_class::<namespace::Namespace>()?;
     m.add_class::<sessions::Sessions>()?;

@@ -20,7 +20,7 @@ use crate::results::{Got, Lease, Match, Stored, statuses};
 use crate::sessions::Sessions;
 
 /// Longest step of a wait between two looks for signals.
-const STEP: Duration = Duration::from_millis(200);
+pub(crate) const STEP: Duration = Duration::from_millis(200);
 
 /// An engine; `None`: closed. Locked by threads that have the GIL only, and never while one waits.
 type Slot = Mutex<Option<Arc<Engine>>>;
@@ -29,7 +29,7 @@ type Slot = Mutex<Option<Arc<Engine>>>;
 static ALL: Mutex<Vec<Weak<Slot>>> = Mutex::new(Vec::new());
 
 /// Nothing that is locked here is left half done by a panic.
-fn alone<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn alone<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -37,7 +37,7 @@ fn all() -> Vec<Arc<Slot>> {
     alone(&ALL).iter().filter_map(Weak::upgrade).collect()
 }
 
-/// In a forked child: see [`Engine::after_fork`].
+/// In a forked child: see [`Engine::after_fork`] and `mapped`.
 #[pyfunction]
 pub(crate) fn _after_fork() {
     for slot in all() {
@@ -45,6 +45,7 @@ pub(crate) fn _after_fork() {
             engine.after_fork();
         }
     }
+    crate::mapped::after_fork();
 }
 
 /// At the end of the interpreter: no call may use the memory of objects that are taken down.
@@ -75,7 +76,12 @@ impl Namespace {
     /// # Errors
     /// Where it was closed.
     pub(crate) fn engine(&self) -> PyResult<Arc<Engine>> {
-        alone(&self.slot).as_ref().map(Arc::clone).ok_or_else(|| wrong("the namespace was closed: open another one"))
+        self.engine_if_open().ok_or_else(|| wrong("the namespace was closed: open another one"))
+    }
+
+    /// Asks nothing of Python, which may be at its end.
+    pub(crate) fn engine_if_open(&self) -> Option<Arc<Engine>> {
+        alone(&self.slot).as_ref().map(Arc::clone)
     }
 
     fn take(&self) -> Option<Arc<Engine>> {

@@ -12,6 +12,7 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 
 use crate::error::raise;
+use crate::mapped::MappedBlock;
 use crate::place::{Memory, Place};
 
 /// Where regions lie in this process, by their first address. Taken by threads that have the GIL only.
@@ -141,5 +142,31 @@ impl Region {
 
     fn __repr__(&self) -> String {
         format!("Region({} bytes at {:#x})", self.region.len(), self.address())
+    }
+}
+
+/// The buffer of a block in the server's memory; what else it has is in `mapped`.
+#[pymethods]
+impl MappedBlock {
+    /// # Safety
+    /// Called by Python, with a `view` to be filled.
+    unsafe fn __getbuffer__(slf: PyRef<'_, Self>, view: *mut ffi::Py_buffer, flags: c_int) -> PyResult<()> {
+        let block = slf.readable()?;
+        let (base, len) = (block.as_ptr().cast_mut(), block.len());
+        // SAFETY: Python's own `view`, which is read-only (1). The mapping, which is read-only too, lives as long as this object, to
+        // which the view keeps a reference; in a forked child, which lacks it, `mapped::after_fork` has put zeroes there before
+        // anybody can look. The server may write the bytes when the lease has ended: whoever reads asks `is_still_there`.
+        let failed = unsafe { ffi::PyBuffer_FillInfo(view, slf.as_ptr(), base.cast(), len as isize, 1, flags) } != 0;
+        if failed {
+            return Err(PyErr::fetch(slf.py()));
+        }
+        slf.view_begins();
+        Ok(())
+    }
+
+    /// # Safety
+    /// Called by Python, for a view that was filled above.
+    unsafe fn __releasebuffer__(&self, _view: *mut ffi::Py_buffer) {
+        self.view_ends();
     }
 }

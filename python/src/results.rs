@@ -129,7 +129,7 @@ impl Match {
         self.0.as_ref().err().map(|e| as_object(py, e))
     }
 
-    fn __repr__(&self) -> String {
+    pub(crate) fn __repr__(&self) -> String {
         match &self.0 {
             Ok(m) => format!(
                 "Match(boundary_positions={}, boundary_tokens={}, reason={})",

@@ -55,6 +55,13 @@ def eventually(what, within: float = 30):
     return answer
 
 
+def example(heading: str) -> str:
+    """The program under this heading of docs/python.md."""
+    page = (Path(__file__).parents[2] / "docs/python.md").read_text()
+    section = page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return section.split("```python\n")[1].split("```")[0]
+
+
 class Server:
     """A kvkeepd that can be killed, stopped and started again over the same data."""
 

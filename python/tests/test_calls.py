@@ -73,6 +73,7 @@ def test_the_other_verbs(ns):
     assert ns.match(keys).boundary_positions == 2
     said = ns.describe()
     assert said["standing"] == "ready" and said["way"]["wire"] == "socket" and said["way"]["regions"]
+    assert said["way"]["mapped"], said["text"]
     assert said["namespace"] == ns.name and bytes.fromhex(said["instance"]) == ns.instance
     assert ns.counters()["lost"] == 0 and ns.settle()
     assert repr(ns).startswith("Namespace(")

@@ -6,6 +6,7 @@ import os
 import statistics
 import subprocess
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,16 +36,13 @@ def black_hole(bench: Bench) -> dict:
     """The server on the other side of a network that loses everything."""
     bench.rest()
     ports = [free_port(), free_port()]
-    server = Server(bench.folder / "behind", dram="2GiB", nvme="4GiB", ports=ports).start()
-    way = Way(ports)
-    engine = bench.start("behind", connector(f"127.0.0.2:{ports[0]}"))
-    try:
+    with (
+        closing(Server(bench.folder / "behind", dram="2GiB", nvme="4GiB", ports=ports).start()) as server,
+        closing(Way(ports)) as way,
+        closing(bench.start("behind", connector(f"127.0.0.2:{ports[0]}"))) as engine,
+    ):
         engine.warm_up()
         return _lost(bench, engine, server, way.swallow, way.restore)
-    finally:
-        engine.close()
-        way.close()
-        server.close()
 
 
 def _lost(bench: Bench, engine: Engine, server: Server, off, on) -> dict:
@@ -91,10 +89,11 @@ def _lost(bench: Bench, engine: Engine, server: Server, off, on) -> dict:
 def slow_disk(bench: Bench) -> dict:
     """Everything on a disk of 200 MB/s: new prompts, which are saved to it, and old ones, which come from it."""
     bench.rest()
-    server = _slow_server(bench, dram="2GiB")
-    engine = bench.start("slow", connector(server.endpoint))
     rows = []
-    try:
+    with (
+        closing(_slow_server(bench)) as server,
+        closing(bench.start("slow", connector(server.endpoint))) as engine,
+    ):
         engine.warm_up()
         for length in (1024, 2048, 4096):
             plain, new, old, cached = [], [], [], []
@@ -128,30 +127,23 @@ def slow_disk(bench: Bench) -> dict:
                 }
             )
             print(rows[-1], flush=True)
-    finally:
-        engine.close()
-        server.close()
     return {"disk_bytes_per_s": SLOW_BYTES_PER_S, "rows": rows}
 
 
 def holds(bench: Bench) -> dict:
-    """The worst case for the engine's own memory: saves as slow as that disk (class `durable`), a KV pool of 8k tokens that each
-    prompt needs half of."""
+    """The worst case for the engine's own memory: saves as slow as that disk (class `durable`), and a KV pool that the two prompts of a
+    round need half of."""
     bench.rest()
-    server = _slow_server(bench, dram="2GiB")
     small = {"num_gpu_blocks_override": 8192 // BLOCK, "max_model_len": 4096}
-    engine = bench.start("holds", connector(server.endpoint, cls="durable"), **small)
-    try:
+    with (
+        closing(_slow_server(bench)) as server,
+        closing(bench.start("holds", connector(server.endpoint, cls="durable"), **small)) as engine,
+    ):
         engine.warm_up()
         before = engine.metrics()
-        times = []
-        for _ in range(16):
-            times.append(engine.generate([bench.new(2048) for _ in range(2)], 1)["seconds"])
+        times = [engine.generate([bench.new(2048) for _ in range(2)], 1)["seconds"] for _ in range(16)]
         server.wait_quiet(120)
         after = engine.metrics()
-    finally:
-        engine.close()
-        server.close()
     held = _between(before, after, "vllm:kvkeep_hold_seconds")
     out = {
         "prompts": 32,
@@ -166,13 +158,13 @@ def holds(bench: Bench) -> dict:
     return out
 
 
-def _slow_server(bench: Bench, dram: str) -> Server:
+def _slow_server(bench: Bench) -> Server:
     shim = bench.folder / "throttle.so"
     source = Path(__file__).with_name("throttle.c")
     subprocess.run([os.environ.get("CC", "cc"), "-shared", "-fPIC", "-O1", "-o", shim, source], check=True)
     folder = bench.folder / f"slow-{time.monotonic_ns()}"
     environment = {"KVKEEP_NO_IO_URING": "true", "THROTTLE_BYTES_PER_S": str(SLOW_BYTES_PER_S)}
-    return Server(folder, dram=dram, nvme="4GiB", preload=str(shim), **environment).start()
+    return Server(folder, dram="2GiB", nvme="4GiB", preload=str(shim), **environment).start()
 
 
 def _count(metrics: dict, name: str) -> int:

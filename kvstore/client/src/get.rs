@@ -291,6 +291,8 @@ impl Namespace {
                             // The call itself is wrong (a range outside of its part, a stale handle): no miss.
                             ErrorKind::Refused(_) if !e.is_retryable() => return Err(e),
                             _ if assembly.settled() == 0 => rest_is = shared.miss(e)?,
+                            // What arrived is told; so the loss is a reason and no error, whatever is configured.
+                            _ if e.is_loss() => rest_is = MissReason::Unreachable,
                             _ => {}
                         }
                         break;

@@ -208,7 +208,8 @@ async fn a_server_that_is_lost_leaves_what_arrived() {
     });
     let got = ns.get(&items(0..4), None, &Call::default()).await.unwrap();
     let reasons: Vec<_> = got.iter().map(|p| p.reason).collect();
-    assert_eq!(reasons, [None, Some(MissReason::Io), Some(MissReason::Io), Some(MissReason::Io)]);
+    let lost = Some(MissReason::Unreachable);
+    assert_eq!(reasons, [None, lost, lost, lost]);
     assert!(got[0].data == content(0, 200_000));
 
     let none = ns.get(&items(0..4), None, &Call::default()).await.unwrap_err();

@@ -162,7 +162,7 @@ def _turns(r: dict) -> list[str]:
         "160 new tokens and 64 generated a turn; between two turns the engine's cache was dropped. Beside it an engine whose cache was kept,",
         "which no store can beat: what a turn costs then is the computing of its own tokens over a longer context, and this grows.",
         f"Turn 10 over turn 2: {r['turn_10_over_turn_2']:.2f} (bar 1.3), with a cache that was kept {r['turn_10_over_turn_2_kept']:.2f}; "
-        f"the store over it: {r['store_over_kept']:.2f}.",
+        f"the store over it: {r['store_over_kept']:.2f}. {'The same' if r['tokens_identical'] else 'OTHER'} tokens from both, 640 of them.",
         "",
         "| turn | prompt | restored tokens | with the store ms | cache kept ms | without ms |",
         "|---|---|---|---|---|---|",

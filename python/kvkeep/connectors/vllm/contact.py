@@ -9,9 +9,10 @@ import kvkeep
 from .. import revision as weights
 from .options import Options
 
-_PATIENCE = {"scheduler": 0.1, "worker": 2.0}
-"""Seconds of silence after which the server is lost. Prompts wait for the scheduler's questions, and once it has lost the server nothing
-more is loaded. A worker has to tell of gigabytes of memory, which takes a server on a busy host a second, and one that gives up
+_PATIENCE = {"scheduler": 0.5, "worker": 2.0}
+"""Seconds of silence after which the server is lost. A prompt waits for its own question at most `matches.ANSWER_MAX`, whatever stands
+here; but once the scheduler has lost the server, prompts miss at once, and on a host without a free core a word of 0.1 s cost a prompt
+of 8k tokens its half minute. A worker has to tell of gigabytes of memory, which takes a server on a busy host a second, and one that gives up
 tells it again; only transfers under way wait so long for a server that stopped."""
 
 
@@ -38,4 +39,3 @@ def namespace_of(
         options.endpoint, name=f"vllm {role}", instance=instance_of(engine_id), patience=_PATIENCE[role]
     )
     return client.namespace(name, fmt, revision, queues=queues, in_flight_max=512)
-

@@ -1,10 +1,10 @@
 """The figures of docs/benchmarks-engines.md: vLLM on this machine's CPU, with and without the store.
 
-    tests/engines/run bench                 all of it (about 45 minutes)
+    tests/engines/run bench                 all of it (about an hour)
     tests/engines/run bench ttft turns      some of it; what was measured before stays in the file
 
 It writes docs/benchmarks-engines.json, and docs/benchmarks-engines.md from it. What is measured stands in bench_speed.py (how fast),
-bench_faults.py (with a server that fails) and bench_use.py (conversations and documents).
+bench_faults.py (with a server that fails), bench_use.py (conversations and documents) and beside.py (other stores).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import bench_faults
 import bench_page
 import bench_speed
 import bench_use
+import beside
 from harness import BLOCK, Engine, Server, connector, prompt
 
 MODEL = "medium"
@@ -36,6 +37,7 @@ PARTS = {
     "black_hole": bench_faults.black_hole,
     "slow_disk": bench_faults.slow_disk,
     "holds": bench_faults.holds,
+    "beside": lambda bench: beside.beside(bench.alone()),
 }
 
 
@@ -88,10 +90,16 @@ class Bench:
             self._server.close()
         self._engine = self._server = None
 
+    def alone(self) -> Path:
+        """The folder, for a part that starts all it needs itself: nothing else runs."""
+        self.close()
+        return self.folder
+
     def close(self) -> None:
         self.rest()
         if self._plain is not None:
             self._plain.close()
+        self._plain = None
 
 
 def machine() -> dict:

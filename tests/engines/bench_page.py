@@ -32,6 +32,7 @@ def write(result: dict, page: Path) -> None:
         ("black_hole", _black_hole),
         ("slow_disk", _slow_disk),
         ("holds", _holds),
+        ("beside", _beside),
     ):
         if part in result:
             lines += ["", *table(result[part])]
@@ -187,6 +188,55 @@ def _documents(r: dict) -> list[str]:
         f"(with the first question {r['mean_ttft_with_the_first_over_cold']:.3f}) |",
         f"| 4 sessions at once (4k documents, 32 tokens each), median ms | {_median(four['plain'])} | {_median(four['store'])} "
         f"| throughput x {r['four_sessions_throughput_over_plain']:.2f} |",
+    ]
+
+
+def _beside(r: dict) -> list[str]:
+    w, mib = r["workload"], 1 << 20
+    engine, dram, disk, unique = (w[k] / mib for k in ("engine_bytes", "dram_bytes", "disk_bytes", "unique_bytes"))
+    source = (
+        "made up, as of coding agents"
+        if w["source"] == "made up"
+        else f"of coding agents (trace `{w['source']}`, 1/16 as long)"
+    )
+    lines = [
+        "## Beside what vLLM and LMCache have of their own",
+        "",
+        f"{w['requests']} requests {source}, {w['sessions']} sessions that share a beginning of 768 tokens; prompts of",
+        f"{w['prompt_tokens_median']} tokens in the median and {w['prompt_tokens_max']} at most, 16 to 32 generated, {w['at_once']} at once, one of a session",
+        f"at a time. Different KV: {unique:.0f} MiB; the engine's own: {engine:.0f} MiB; of each store: {dram:.0f} MiB of DRAM, {disk:.0f} MiB of disk.",
+        f"Model `{r['model']}` (8 KiB of KV per token), prefill in steps of 512 tokens. Each subject is an engine and a store begun empty; two",
+        "rounds, the second in reverse order: *round 1 / round 2*.",
+        "",
+        "| | token hits | TTFT p50 ms | p95 ms | mean ms | between tokens p50 ms | p99 ms | written to disk MiB | on disk at the end MiB | CPU s | whole s | same tokens |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for subject in r["subjects"].values():
+        columns = [
+            lambda x: f"{100 * x['hit_share']:.1f} %",
+            lambda x: f"{x['ttft_ms']['p50']:.0f}",
+            lambda x: f"{x['ttft_ms']['p95']:.0f}",
+            lambda x: f"{x['ttft_ms']['mean']:.0f}",
+            lambda x: f"{x['between_tokens_ms']['p50']:.1f}",
+            lambda x: f"{x['between_tokens_ms']['p99']:.0f}",
+            lambda x: f"{x['disk_bytes_written'] / mib:.0f}",
+            lambda x: f"{x['disk_bytes_used'] / mib:.0f}",
+            lambda x: f"{sum(x['cpu_seconds'].values()):.0f}",
+            lambda x: f"{x['seconds']:.0f}",
+        ]
+        cells = [" / ".join(column(x) for x in subject["runs"]) for column in columns]
+        lines.append(f"| {subject['what']} | {' | '.join(cells)} | {100 * subject['tokens_identical_share']:.0f} % |")
+    return [
+        *lines,
+        "",
+        "KVKeep's index and raft log preallocate 78 MiB, whatever is stored: on disk at the end, not of its blocks.",
+        "(a) The `fs` tier has no bound and removes nothing: it may use more disk than the others, which favours it. vLLM refuses to copy",
+        "a CPU's KV; the copy is ours ([cpu_offload.py](../tests/engines/cpu_offload.py)).",
+        "(b) LMCache's in-process connector has no copy for a CPU, either; it is ours ([cpu_lmcache.py](../tests/engines/cpu_lmcache.py)). O_DIRECT, as",
+        "the others: else the page cache would be DRAM of its own. 256 tokens are its default, 32 the block of the others.",
+        "*Same tokens*: share of requests that say what they say without a store in round 1. Where a prompt is found up to another place, its",
+        "rest is computed in other steps, which round otherwise, and a model of random weights may then say another token.",
+        "*Between tokens*: a request that is computed while another one decodes makes it wait; that is most of the p99.",
     ]
 
 

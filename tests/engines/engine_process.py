@@ -5,6 +5,8 @@ import json
 import os
 import sys
 import time
+from collections import deque
+from itertools import pairwise
 
 
 def main() -> None:
@@ -53,6 +55,35 @@ def generate(llm, params_of, prompts, max_tokens, kv_transfer_params=None, logpr
     return {"seconds": seconds, "outputs": out}
 
 
+def replay(llm, params_of, requests, at_once):
+    """In their order, so many at once, one of a session at a time. Per request: tokens, how many of the prompt came out of a cache,
+    seconds until its first token, and between two tokens."""
+    engine, waiting, running, out = llm.llm_engine, deque(enumerate(requests)), {}, [None] * len(requests)
+    started = time.perf_counter()
+    while waiting or running:
+        while (
+            waiting
+            and len(running) < at_once
+            and waiting[0][1]["session"] not in {r["session"] for r in running.values()}
+        ):
+            n, request = waiting.popleft()
+            running[str(n)] = {"session": request["session"], "begun": time.perf_counter(), "at": []}
+            params = params_of(temperature=0.0, max_tokens=request["max_tokens"], ignore_eos=True)
+            engine.add_request(str(n), {"prompt_token_ids": request["prompt"]}, params)
+        for o in engine.step():
+            now, state, tokens = time.perf_counter(), running[o.request_id], list(o.outputs[0].token_ids)
+            state["at"] += [now] * (len(tokens) - len(state["at"]))
+            if o.finished:
+                at = running.pop(o.request_id)["at"]
+                out[int(o.request_id)] = {
+                    "tokens": tokens,
+                    "cached": o.num_cached_tokens,
+                    "first_token_seconds": at[0] - state["begun"],
+                    "between_seconds": [b - a for a, b in pairwise(at)],
+                }
+    return {"seconds": time.perf_counter() - started, "outputs": out}
+
+
 def reset(llm, params_of, connector=False):
     """Drops the engine's own cache; with `connector`, tells the connector as well."""
     return {"done": llm.reset_prefix_cache(reset_connector=connector)}
@@ -78,7 +109,7 @@ def processes(llm, params_of):
     return {"pids": [me.pid] + [p.pid for p in me.children(recursive=True)]}
 
 
-COMMANDS = {"generate": generate, "reset": reset, "metrics": metrics, "processes": processes}
+COMMANDS = {"generate": generate, "replay": replay, "reset": reset, "metrics": metrics, "processes": processes}
 
 
 def say(answers, what) -> None:

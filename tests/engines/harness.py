@@ -149,6 +149,12 @@ class Server:
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
+    def disk_bytes_written(self) -> int:
+        return disk_bytes_written(self.process.pid)
+
+    def cpu_seconds(self) -> float:
+        return cpu_seconds(self.process.pid)
+
     def wait_quiet(self, seconds: float = 30) -> None:
         """Until nobody puts any more, and nothing waits for NVMe."""
         seen: list[list[float]] = []
@@ -247,6 +253,10 @@ class Engine:
         answer = self._do("generate", prompts=[prompts] if single else prompts, max_tokens=max_tokens, **more)
         return answer["outputs"][0] | {"seconds": answer["seconds"]} if single else answer
 
+    def replay(self, requests: list[dict], at_once: int) -> dict:
+        """Requests (`prompt`, `max_tokens`, `session`) in their order, so many at once."""
+        return self._do("replay", seconds=1800, requests=requests, at_once=at_once)
+
     def warm_up(self) -> None:
         """Until what it computes is found again: it starts without waiting for the store."""
 
@@ -287,10 +297,16 @@ class Engine:
         if self.process.poll() is None:
             self.kill()
 
-    def _do(self, what: str, **arguments) -> dict:
+    def disk_bytes_written(self) -> int:
+        return sum(disk_bytes_written(pid) for pid in self._pids)
+
+    def cpu_seconds(self) -> float:
+        return sum(cpu_seconds(pid) for pid in self._pids)
+
+    def _do(self, what: str, seconds: float = 600, **arguments) -> dict:
         self.process.stdin.write(json.dumps({"do": what} | arguments).encode() + b"\n")
         self.process.stdin.flush()
-        return self._answer(600)
+        return self._answer(seconds)
 
     def _answer(self, seconds: float) -> dict:
         until = time.monotonic() + seconds
@@ -302,6 +318,18 @@ class Engine:
         answer = json.loads(line)
         assert "error" not in answer, f"{answer['error']}; the engine's log is {self.log}"
         return answer
+
+
+def disk_bytes_written(pid: int) -> int:
+    """What a process has sent to disks so far (not tmpfs), less what was deleted before it got there."""
+    said = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
+    return int(said["write_bytes"]) - int(said["cancelled_write_bytes"])
+
+
+def cpu_seconds(pid: int) -> float:
+    """That a process has used so far, in user and system mode."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def is_zombie(pid: int) -> bool:

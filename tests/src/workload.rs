@@ -192,7 +192,7 @@ impl Workload {
                 && self.ledger.fate(key) == Some(Fate::Acknowledged(Class::Durable))
             {
                 // A server that goes away in the middle of an answer leaves the rest of it with these reasons.
-                let gone = matches!(part.reason, Some(MissReason::Io | MissReason::Late));
+                let gone = matches!(part.reason, Some(MissReason::Unreachable | MissReason::Late));
                 assert!(gone, "durable block {} is not there: {:?}", crate::ledger::hex(key), part.reason);
             }
         }

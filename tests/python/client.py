@@ -15,11 +15,19 @@ BLOCK_BYTES = 1_572_864  # 16 tokens of a 7B model in bf16
 CHUNK_BYTES = 1 << 20
 
 
-def example(endpoint: str, keys: list[bytes], blocks: list[bytes]) -> tuple[int, list[bytes]]:
-    """Stores a chain of blocks and takes it back: the 20 lines of the README."""
-    channel = grpc.insecure_channel(endpoint, [("grpc.max_receive_message_length", -1)])
+def connect(endpoint: str) -> blocks_pb2_grpc.BlocksStub:
+    """A connection of its own, and who is on it. Without the second option gRPC lets channels of one process share
+    theirs, also with one that was dropped a moment ago, and a connection belongs to one instance."""
+    channel = grpc.insecure_channel(
+        endpoint, [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)])
     store = blocks_pb2_grpc.BlocksStub(channel)
     store.Hello(kv.HelloRequest(major=1, instance_id=os.urandom(16)))
+    return store
+
+
+def example(endpoint: str, keys: list[bytes], blocks: list[bytes]) -> tuple[int, list[bytes]]:
+    """Stores a chain of blocks and takes it back: the 20 lines of the README."""
+    store = connect(endpoint)
     group = types_pb2.Group(all={}, tokens_per_block=16, shards=1, size={"exact": BLOCK_BYTES})
     model = types_pb2.Format(model="my-7b", dtype="bf16", layout="NHD", hash_algorithm="sha256", tokens_per_key=16,
                              topology={"canonical": True, "tp": 1, "pp": 1, "cp": 1}, groups=[group])
@@ -55,12 +63,15 @@ def main() -> None:
     # A second engine, another connection: nothing is sent again, everything is there.
     tokens, got = example(endpoint, keys, blocks)
     assert tokens == 16 * len(keys) and got == blocks
+    # Engines of one process, at once: a connection each.
+    engines = [connect(endpoint) for _ in range(3)]
+    assert all(engine.Stats(kv.StatsRequest()) for engine in engines)
     # An unknown chain is a miss and no error.
     tokens, got = example(endpoint, [os.urandom(32)], [bytes(BLOCK_BYTES)])
     assert tokens == 16 and got == [bytes(BLOCK_BYTES)]
 
     # Errors are typed: the trailer `kvkeep-error-bin` holds an ErrorDetail.
-    store = blocks_pb2_grpc.BlocksStub(grpc.insecure_channel(endpoint))
+    store = blocks_pb2_grpc.BlocksStub(grpc.insecure_channel(endpoint, [("grpc.use_local_subchannel_pool", 1)]))
     try:
         store.Stats(kv.StatsRequest())
         raise AssertionError("a call without hello was answered")

@@ -37,7 +37,7 @@ impl Verbs {
         if !connection.say_hello(hello) {
             return Err(Error::new(
                 ErrorKind::Conflict,
-                "this connection or this instance has said hello as somebody else; open another, or draw another instance id",
+                "this connection or this instance has said hello as somebody else; open another (gRPC channels of one process may share one: grpc.use_local_subchannel_pool), or draw another instance id",
             )
             .into());
         }

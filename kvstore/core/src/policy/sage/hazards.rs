@@ -2,7 +2,8 @@
 //! keep it.
 //!
 //! *Hazards* by Kaplan and Meier's estimator with right censoring: of the positions that reached an age, how many were
-//! used in the bucket that begins there. A class with few observations leans on the coarser one that it belongs to. The
+//! used in the bucket that begins there. A class with few observations leans on the coarser one that it belongs to: few
+//! requests, that is, for the positions of one prompt stand or fall together and are one experience, however many. The
 //! *index* is Gittins': the best hits per second of occupied room that can be had by keeping a position from its age on
 //! until some later one. What is observed fades with a half-life of a day.
 
@@ -11,12 +12,12 @@ use super::calendar::Calendar;
 use super::classes::{CLASSES, COARSE, ClassId, HISTORY, NOISES, Sort, TRUSTS};
 use crate::ids::Instant;
 
-/// Observations that a class's coarser one counts as.
-const CLASS_PRIOR: f64 = 400.0;
-/// Observations that the whole counts as, for a coarse class.
-const COARSE_PRIOR: f64 = 100.0;
-/// Observations that the belief of the first minutes counts as.
-const FIRST_PRIOR: f64 = 10.0;
+/// Requests that a class's coarser one counts as.
+const CLASS_PRIOR: f64 = 16.0;
+/// Requests that the whole counts as, for a coarse class.
+const COARSE_PRIOR: f64 = 4.0;
+/// Requests that the belief of the first minutes counts as.
+const FIRST_PRIOR: f64 = 1.0;
 /// The belief of the first minutes: a constant chance per bucket (of the first, which is wider than the next, six times
 /// as much), so that the older goes first.
 const FIRST_HAZARD: f64 = 0.02;
@@ -40,9 +41,24 @@ pub(crate) struct Hazards {
     pub(crate) used: Box<[PerBucket; CLASSES]>,
     /// Positions that nobody watches any more, by class and the age at which they were lost sight of.
     pub(crate) lost: Box<[PerBucket; CLASSES]>,
+    pub(crate) requests: Requests,
     /// Hits per second by class and age, as of the last fit.
     index: Index,
     faded: Option<Instant>,
+}
+
+/// How many requests there were, by the first positions of their prompts, and how many accesses.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Requests {
+    pub(crate) accesses: f64,
+    pub(crate) requests: f64,
+}
+
+impl Requests {
+    /// Positions that a request has, on average; 1 before there was any.
+    fn positions(self) -> f64 {
+        if self.requests > 0.0 { (self.accesses / self.requests).max(1.0) } else { 1.0 }
+    }
 }
 
 /// Observations of one class, or of several together.
@@ -97,11 +113,18 @@ impl Hazards {
         let mut hazards = Self {
             used: Box::new([NOTHING; CLASSES]),
             lost: Box::new([NOTHING; CLASSES]),
+            requests: Requests::default(),
             index: Box::new([[0.0; BUCKETS]; CLASSES]),
             faded: None,
         };
         hazards.index = hazards.seen(&Calendar::new(), Instant(0)).learn(ages);
         hazards
+    }
+
+    /// A position was accessed, the `first` of its prompt or another.
+    pub(crate) fn accessed(&mut self, first: bool) {
+        self.requests.accesses += 1.0;
+        self.requests.requests += f64::from(u8::from(first));
     }
 
     /// A position of `class` was used after a gap in bucket `gap`; it stands for `weight` positions.
@@ -127,13 +150,15 @@ impl Hazards {
     /// What was observed until now, those still open included, for [`Seen::learn`].
     pub(crate) fn seen(&mut self, calendar: &Calendar, now: Instant) -> Seen {
         self.fade(now);
-        Seen { used: self.used.clone(), lost: self.lost.clone(), calendar: calendar.clone(), now }
+        let positions = self.requests.positions();
+        Seen { used: self.used.clone(), lost: self.lost.clone(), positions, calendar: calendar.clone(), now }
     }
 
     fn fade(&mut self, now: Instant) {
         if let Some(before) = self.faded.filter(|before| *before < now) {
             let factor = fading(now, before);
-            for seen in self.used.iter_mut().chain(self.lost.iter_mut()).flatten() {
+            let Requests { accesses, requests } = &mut self.requests;
+            for seen in self.used.iter_mut().chain(self.lost.iter_mut()).flatten().chain([accesses, requests]) {
                 *seen *= factor;
             }
         }
@@ -156,6 +181,8 @@ impl Hazards {
 pub(crate) struct Seen {
     used: Box<[PerBucket; CLASSES]>,
     lost: Box<[PerBucket; CLASSES]>,
+    /// Of a request, on average: observations that one experience makes.
+    positions: f64,
     calendar: Calendar,
     now: Instant,
 }
@@ -163,6 +190,8 @@ pub(crate) struct Seen {
 impl Seen {
     /// The index that follows from it.
     pub(crate) fn learn(&self, ages: &Ages) -> Index {
+        let [class_prior, coarse_prior, first_prior] =
+            [CLASS_PRIOR, COARSE_PRIOR, FIRST_PRIOR].map(|requests| requests * self.positions);
         let observed: Vec<Observed> = (0..CLASSES).map(|c| self.observed(ages, ClassId(c as u8))).collect();
         let mut whole = Observed::none();
         let mut coarse: [Observed; COARSE] = std::array::from_fn(|_| Observed::none());
@@ -184,20 +213,20 @@ impl Seen {
                 }
             }
         }
-        let whole = whole.hazards(FIRST_PRIOR, |k| if k == 0 { 6.0 * FIRST_HAZARD } else { FIRST_HAZARD });
-        let coarse = coarse.map(|seen| seen.hazards(COARSE_PRIOR, |k| whole[k]));
-        let ended = ended.map(|seen| seen.hazards(COARSE_PRIOR, |k| whole[k] * ENDED_BELIEF));
+        let whole = whole.hazards(first_prior, |k| if k == 0 { 6.0 * FIRST_HAZARD } else { FIRST_HAZARD });
+        let coarse = coarse.map(|seen| seen.hazards(coarse_prior, |k| whole[k]));
+        let ended = ended.map(|seen| seen.hazards(coarse_prior, |k| whole[k] * ENDED_BELIEF));
         let mut index: Index = Box::new([[0.0; BUCKETS]; CLASSES]);
         for (class, seen) in observed.iter().enumerate() {
             let hazards = match ClassId(class as u8).sort() {
-                Sort::History { coarse: c } => seen.hazards(CLASS_PRIOR, |k| coarse[c][k]),
-                Sort::Ended { trust } => seen.hazards(CLASS_PRIOR, |k| ended[trust][k]),
+                Sort::History { coarse: c } => seen.hazards(class_prior, |k| coarse[c][k]),
+                Sort::Ended { trust } => seen.hazards(class_prior, |k| ended[trust][k]),
                 Sort::Due { noise, due } => {
                     let ratios = &ratios[noise];
-                    seen.hazards(CLASS_PRIOR, |k| {
+                    seen.hazards(class_prior, |k| {
                         let at = distance(k, due);
                         let belief = believed(BELIEVED_SPREAD[noise], k, due, whole[k]);
-                        (ratios.used[at] + COARSE_PRIOR * belief) / (ratios.at_risk[at] + COARSE_PRIOR)
+                        (ratios.used[at] + coarse_prior * belief) / (ratios.at_risk[at] + coarse_prior)
                     })
                 }
             };
@@ -260,3 +289,39 @@ fn gittins(ages: &Ages, hazards: &PerBucket, index: &mut [f32; BUCKETS]) {
 }
 
 const _: () = assert!(HISTORY < CLASSES);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::words::RequestInfo;
+
+    /// A dozen requests whose prompts have so many positions: what is believed of each age of their class.
+    fn learned(positions: u32) -> (Vec<f32>, Vec<f32>) {
+        let ages = Ages::new();
+        let class = ClassId::of_history(&super::super::classes::Seen {
+            uses: 1,
+            gap: None,
+            tail: false,
+            info: &RequestInfo::default(),
+        });
+        let mut hazards = Hazards::new(&ages);
+        let before = hazards.index()[class.index()].to_vec();
+        for request in 0..12 {
+            (0..positions).for_each(|position| hazards.accessed(position == 0));
+            hazards.used(class, 10 + request % 3, positions);
+            hazards.lost(class, 20 + request, positions);
+        }
+        let index = hazards.seen(&Calendar::new(), Instant(0)).learn(&ages);
+        (before, index[class.index()].to_vec())
+    }
+
+    #[test]
+    fn a_prompt_is_one_experience_however_many_positions_it_has() {
+        let (before, of_one) = learned(1);
+        let (_, of_many) = learned(200);
+        assert_ne!(before, of_one, "nothing was learned");
+        for (k, (one, many)) in of_one.iter().zip(&of_many).enumerate() {
+            assert!((one - many).abs() <= one.abs() * 1e-5, "bucket {k}: {one} of prompts of one, {many} of 200");
+        }
+    }
+}

@@ -222,6 +222,7 @@ impl Policy for Sage {
 
     fn access(&mut self, slab: &mut Slab, id: EntryId, access: &Access<'_>) {
         self.tick(access.now);
+        self.hazards.accessed(slab[id].parent.some().is_none());
         let gap = self.observe(slab, id, access);
         let levels = Level::BOTH.map(|level| slab[id].resident(level).then_some(level));
         for level in levels.into_iter().flatten() {
@@ -366,6 +367,7 @@ impl Policy for Sage {
         let learned = Learned {
             used: self.hazards.used.clone(),
             lost: self.hazards.open_and_lost(&self.ages, &self.calendar, self.now),
+            requests: self.hazards.requests,
             clients: self.clients.known.iter().map(|(id, client)| (*id, *client)).collect(),
         };
         learned.to_bytes()
@@ -374,6 +376,7 @@ impl Policy for Sage {
     fn load(&mut self, bytes: &[u8]) -> bool {
         let Some(learned) = Learned::from_bytes(bytes) else { return false };
         (self.hazards.used, self.hazards.lost) = (learned.used, learned.lost);
+        self.hazards.requests = learned.requests;
         self.clients.known = learned.clients.into_iter().collect();
         self.fit();
         true

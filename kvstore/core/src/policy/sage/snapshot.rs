@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! "KVSAGE" 6 | version u16 | clients u32 | used f32 x classes x buckets | lost f32 x classes x buckets
+//!            | accesses f32, requests f32
 //!            | per client: id u64, estimates f32, close f32 x noises, ends f32, false ends f32 | crc32 of all before u32
 //! ```
 //! All little-endian. Times are not in it: what was seen is as old as the life that begins with it. Bytes that are not
@@ -12,16 +13,17 @@ use std::array;
 use super::ages::BUCKETS;
 use super::classes::{CLASSES, NOISES};
 use super::clients::{CLIENTS_MAX, Client};
-use super::hazards::PerBucket;
+use super::hazards::{PerBucket, Requests};
 
 const MAGIC: &[u8; 6] = b"KVSAGE";
-/// Goes up with every change of classes or buckets, for then the numbers mean something else.
-const VERSION: u16 = 1;
+/// Goes up with every change of classes or buckets, for then the numbers mean something else. 2: `accesses`, `requests`.
+const VERSION: u16 = 2;
 
 /// What a snapshot holds.
 pub(super) struct Learned {
     pub used: Box<[PerBucket; CLASSES]>,
     pub lost: Box<[PerBucket; CLASSES]>,
+    pub requests: Requests,
     pub clients: Vec<(u64, Client)>,
 }
 
@@ -33,6 +35,7 @@ impl Learned {
         out.extend_from_slice(&(self.clients.len() as u32).to_le_bytes());
         let mut number = |n: f64| out.extend_from_slice(&(n as f32).to_le_bytes());
         self.used.iter().chain(self.lost.iter()).flatten().for_each(|n| number(*n));
+        [self.requests.accesses, self.requests.requests].into_iter().for_each(number);
         for (id, client) in &self.clients {
             out.extend_from_slice(&id.to_le_bytes());
             let numbers = [client.estimates].into_iter().chain(client.close).chain([client.ends, client.false_ends]);
@@ -58,8 +61,9 @@ impl Learned {
             return None;
         }
         let (used, lost) = (rest.table()?, rest.table()?);
+        let requests = Requests { accesses: rest.number()?, requests: rest.number()? };
         let clients = (0..clients).map(|_| rest.client()).collect::<Option<Vec<_>>>()?;
-        rest.0.is_empty().then_some(Self { used, lost, clients })
+        rest.0.is_empty().then_some(Self { used, lost, requests, clients })
     }
 }
 
@@ -116,14 +120,19 @@ mod tests {
         let mut client = Client::default();
         (client.estimates, client.ends, client.false_ends) = (5.0, 4.0, 3.0);
         client.close = array::from_fn(|i| i as f64);
-        Learned { used: table(0.5), lost: table(2.0), clients: vec![(7, client), (u64::MAX, Client::default())] }
+        Learned {
+            used: table(0.5),
+            lost: table(2.0),
+            requests: Requests { accesses: 300.0, requests: 2.0 },
+            clients: vec![(7, client), (u64::MAX, Client::default())],
+        }
     }
 
     #[test]
     fn what_was_written_is_read() {
         let written = learned();
         let read = Learned::from_bytes(&written.to_bytes()).expect("just written");
-        assert_eq!((&read.used, &read.lost), (&written.used, &written.lost));
+        assert_eq!((&read.used, &read.lost, read.requests), (&written.used, &written.lost, written.requests));
         let client = read.clients[0].1;
         assert_eq!((client.estimates, client.close, client.ends, client.false_ends), (5.0, [0.0, 1.0, 2.0], 4.0, 3.0));
         assert_eq!((read.clients[0].0, read.clients[1].0), (7, u64::MAX));
@@ -146,7 +155,8 @@ mod tests {
             resum(bytes)
         };
         for bad in [
-            with(6, &2u16.to_le_bytes()),
+            with(6, &(VERSION + 1).to_le_bytes()),
+            with(6, &(VERSION - 1).to_le_bytes()),
             with(8, &u32::MAX.to_le_bytes()),
             with(8, &1u32.to_le_bytes()),
             with(12, &f32::NAN.to_le_bytes()),

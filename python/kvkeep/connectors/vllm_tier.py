@@ -48,6 +48,8 @@ LOADS, STORES = 0, 1
 _LOOKUP_MAX = 1.0
 """Seconds that a lookup waits for the server, in its thread; one that is lost is noticed in 0.1 s."""
 _SETTLE_EVERY = 0.05
+_TOUCHES_WAITING_MAX = 64
+"""Steps whose touches may wait for the server; those of more are dropped: they are told for the policy alone."""
 
 
 @dataclass(slots=True)
@@ -112,7 +114,7 @@ class KVKeepTier(SecondaryTierManager):
         events = offloading_spec.kv_events_config.enable_kv_cache_events
         self._events: list[OffloadingEvent] | None = [] if events else None
         self._lookups = _Lookups(self)
-        self._touched: set[bytes] = set()
+        self._touched: dict[str, set[bytes]] = {}
         self._touches: queue.SimpleQueue = queue.SimpleQueue()
         self._registration = None
         if self._shares:
@@ -137,7 +139,7 @@ class KVKeepTier(SecondaryTierManager):
 
     def touch(self, keys: Collection[bytes], req_context) -> None:
         if self._shares:
-            self._touched.update(keys)
+            self._touched.setdefault(req_context.req_id, set()).update(keys)
 
     def on_new_request(self, req_context) -> RequestOffloadingContext:
         req_context.set_state(_Chain())
@@ -151,8 +153,9 @@ class KVKeepTier(SecondaryTierManager):
     def on_schedule_end(self, context) -> None:
         self._lookups.flush()
         if self._touched:
-            self._touches.put(list(self._touched))
-            self._touched.clear()
+            if self._touches.qsize() < _TOUCHES_WAITING_MAX:
+                self._touches.put(self._touched)
+            self._touched = {}
 
     # Transfers.
 
@@ -288,14 +291,18 @@ class KVKeepTier(SecondaryTierManager):
         return before, before is not None
 
     def _touch(self) -> None:
-        while (keys := self._touches.get()) is not None:
-            lengths = {len(key) for key in keys}
-            try:
-                for length in lengths:
-                    same = [key for key in keys if len(key) == length]
-                    self._namespace.touch(b"".join(same), key_len=length)
-            except kvkeep.Error as e:
-                log.warning("kvkeep: a touch was refused: %s", e)
+        while (touched := self._touches.get()) is not None:
+            for request_id, keys in touched.items():
+                # What the request's lookup has leased is not counted again.
+                call = kvkeep.Call(request_name(request_id))
+                by_length: dict[int, list[bytes]] = {}
+                for key in keys:
+                    by_length.setdefault(len(key), []).append(key)
+                try:
+                    for length, same in by_length.items():
+                        self._namespace.touch(b"".join(same), key_len=length, call=call)
+                except kvkeep.Error as e:
+                    log.warning("kvkeep: a touch was refused: %s", e)
 
 
 class _Lookups(AsyncLookupManager):

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use kvkeep_client::{Call, GetItem, MatchQuery};
-use kvkeep_core::{Class, ErrorKind, LeaseId, RequestId};
+use kvkeep_core::{Class, ErrorKind, LeaseId, PartStatus, RequestId};
 use kvkeep_tests::{Node, Options, formats, leaks, payload};
 
 fn request(n: u32) -> RequestId {
@@ -39,6 +39,32 @@ async fn ten_thousand_leases_are_held_and_released() {
     }
     assert_eq!(client.release(&[], &requests[..5_000], &Call::default()).await.unwrap(), 0, "release is idempotent");
     leaks::nothing_is_held(&client).await;
+}
+
+#[tokio::test]
+async fn a_request_uses_a_position_once_whichever_verbs_it_says() {
+    let node = Node::start(Options::default());
+    let client = node.client().await;
+    let ns = super::namespace(&client, &formats::any_size(4096)).await;
+    let keys = payload::chain(1, 4);
+    super::store(&ns, &keys, 1024, Class::Cache).await;
+    let items: Vec<_> = keys.iter().map(|key| GetItem::of(key.clone())).collect();
+    let uses = async || ns.explain(&keys[2], &Call::default()).await.unwrap().position.unwrap().accesses;
+    let stored = uses().await;
+    // A connector matches in one process and gets in another, which does not know the lease.
+    let call = Call::of(request(1));
+    ns.match_chain(&MatchQuery::of(keys.clone()).leased(Duration::from_secs(60)), &call).await.unwrap();
+    assert_eq!(uses().await, stored + 1);
+    assert!(ns.get(&items, None, &call).await.unwrap().iter().all(|part| part.status == PartStatus::Hit));
+    assert_eq!(ns.touch(&keys, &call).await.unwrap(), 4);
+    ns.match_chain(&MatchQuery::of(keys.clone()).leased(Duration::from_secs(60)), &call).await.unwrap();
+    assert_eq!(uses().await, stored + 1, "one request, counted more than once");
+    // Another request, and one that holds nothing any more.
+    assert_eq!(ns.touch(&keys, &Call::of(request(2))).await.unwrap(), 4);
+    assert_eq!(uses().await, stored + 2);
+    client.release(&[], &[request(1)], &call).await.unwrap();
+    assert!(ns.get(&items, None, &call).await.unwrap().iter().all(|part| part.status == PartStatus::Hit));
+    assert_eq!(uses().await, stored + 3);
 }
 
 #[tokio::test]

@@ -76,7 +76,7 @@ impl GetInto {
         let job = self.job;
         let reads = &job.get.reads;
         if job.get.current {
-            job.store.touch_once(job.get.lease, &job.get.call.context.info, reads);
+            job.get.count(&job.store);
         }
         let mut items: Vec<_> = match job.tasks() {
             0 | 1 => Arc::clone(&job).work(stop.clone()).await?,

@@ -199,16 +199,28 @@ impl Store {
             .with("lease_id", format!("{:016x}", id.0)))
     }
 
-    /// Counts an access of each; how many are here.
-    pub fn touch(&self, digests: &[Digest], info: &RequestInfo) -> u32 {
+    /// Counts an access of each position, once per request: what a lease of the request holds, or the `lease` that the call
+    /// names, was counted when that was taken. How many are here.
+    pub fn touch<'a>(
+        &self,
+        caller: Caller,
+        request: &RequestId,
+        lease: Option<LeaseId>,
+        info: &RequestInfo,
+        digests: impl IntoIterator<Item = &'a Digest>,
+    ) -> u32 {
         let now = self.clock.policy();
-        digests
-            .chunks(SLICE_KEYS)
-            .map(|slice| {
-                let mut directory = self.directory.lock();
-                slice.iter().filter(|d| directory.access(d, info, now)).count() as u32
-            })
-            .sum()
+        let mut digests = digests.into_iter().peekable();
+        let mut here = 0;
+        while digests.peek().is_some() {
+            let mut directory = self.directory.lock();
+            let leases = [lease, directory.lease_of_request(caller.instance, request)];
+            for digest in digests.by_ref().take(SLICE_KEYS) {
+                let counted = leases.iter().flatten().any(|id| directory.lease_holds(*id, digest));
+                here += u32::from(counted || directory.access(digest, info, now));
+            }
+        }
+        here
     }
 
     /// Starts bringing parts up to DRAM in the background: (started, already there, refused).

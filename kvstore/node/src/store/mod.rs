@@ -39,7 +39,7 @@ use std::time::Duration;
 use kvkeep_core::catalogue::{Command, Namespace, Outcome};
 use kvkeep_core::directory::{Directory, Located, PositionView, RemovedPart};
 use kvkeep_core::{
-    BlockId, Class, Digest, DigestKey, Error, ErrorKind, Format, Handle, InstanceId, LeaseId, MissReason, RequestInfo,
+    BlockId, Class, Digest, DigestKey, Error, ErrorKind, Format, Handle, InstanceId, MissReason,
     Result, TenantId, Tier, Version,
 };
 use kvkeep_tiers::dram::Arena;
@@ -238,23 +238,6 @@ impl Store {
         self.counters.reservations_abandoned.add(reservations as u64);
         tracing::debug!(%instance, reservations, "instance ended");
         self.room.notify_waiters();
-    }
-
-    /// Counts the accesses of a get: once per (request, position). Positions under the lease that the get names were
-    /// counted when it was taken.
-    pub fn touch_once(&self, lease: Option<LeaseId>, info: &RequestInfo, reads: &[PartRead]) {
-        let now = self.clock.policy();
-        let mut last: Option<Digest> = None;
-        for slice in reads.chunks(SLICE_KEYS) {
-            let mut directory = self.directory.lock();
-            for read in slice {
-                let digest = read.id.digest;
-                // Parts of one position stand together.
-                if last.replace(digest) != Some(digest) && !lease.is_some_and(|id| directory.lease_holds(id, &digest)) {
-                    directory.access(&digest, info, now);
-                }
-            }
-        }
     }
 
     /// How many parts of a get may be fetched at a time within `limits.get_read_ahead_bytes`.

@@ -67,6 +67,16 @@ impl Verbs {
     }
 }
 
+impl Get {
+    /// Counts its accesses.
+    pub fn count(&self, store: &Store) {
+        // Parts of one position stand together.
+        let positions = self.reads.chunk_by(|a, b| a.id.digest == b.id.digest).map(|parts| &parts[0].id.digest);
+        let Call { caller, context, .. } = &self.call;
+        store.touch(*caller, &context.request_id, self.lease, &context.info, positions);
+    }
+}
+
 /// The parts of a get, fetched ahead of whoever sends them, in the order asked.
 pub struct Fetches {
     stream: Pin<Box<dyn Stream<Item = Fetched> + Send>>,
@@ -80,10 +90,10 @@ impl Fetches {
     /// Counts the accesses and starts reading, by `limits.get_read_ahead_bytes` ahead. Whoever sends the parts compares what
     /// `compare` leaves.
     pub fn start(store: &Arc<Store>, get: Get, compare: Compare) -> Self {
-        let Get { call, handle, current, lease, reads, .. } = get;
-        if current {
-            store.touch_once(lease, &call.context.info, &reads);
+        if get.current {
+            get.count(store);
         }
+        let Get { call, handle, current, reads, .. } = get;
         let width = store.parts_ahead(&reads).clamp(1, PARTS_AHEAD_MAX);
         let (fetcher, caller) = (Arc::clone(store), call.caller);
         let (asked, request) = (reads.len() as u32, call.context.request_id);

@@ -137,7 +137,8 @@ impl Verbs {
     pub fn touch(&self, call: &Call, wish: v1::TouchRequest) -> Answer<v1::TouchReply> {
         failpoint::at("touch.asked");
         let batch = self.batch(call, wish.handle, &wish.keys)?;
-        Ok(v1::TouchReply { touched: self.store.touch(&batch.digests, &call.context.info) })
+        let (request, info) = (&call.context.request_id, &call.context.info);
+        Ok(v1::TouchReply { touched: self.store.touch(call.caller, request, None, info, &batch.digests) })
     }
 
     /// Asks for promotion.

@@ -133,8 +133,8 @@ impl Store {
         restored.progress.total_bytes = matched.outcome.dram_bytes + matched.outcome.nvme_bytes;
         if wish.lease.is_none() {
             // It is used again, whatever was said of it. The deepest first, as a lease does.
-            let deepest_first: Vec<_> = matching.digests[..usable].iter().rev().copied().collect();
-            self.touch(&deepest_first, &wish.info);
+            let deepest_first = matching.digests[..usable].iter().rev();
+            self.touch(caller, &wish.request, None, &wish.info, deepest_first);
         }
         self.bring_up(caller, handle, &matching.digests[..usable], &wish, &tell, &mut restored).await;
         self.counters.session_restores.one();

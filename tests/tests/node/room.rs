@@ -120,8 +120,8 @@ async fn when_every_tier_is_full_puts_go_on_and_chains_lose_their_tails_first() 
         assert!(hits[first_hole..].iter().all(|hit| !hit), "chain {chain} has a hole: {hits:?}");
     }
     let stats = client.stats(&Call::default()).await.unwrap();
-    // NVMe less one batch of eviction, and a little.
-    assert!(blocks >= 96, "only {blocks} blocks of 192 MiB are left: {stats:?}");
+    // NVMe, of which each segment holds 31 with their headers, less one batch of eviction and what 16 writers wait to write.
+    assert!(blocks >= 112, "only {blocks} blocks of 192 MiB are left: {stats:?}");
 }
 
 /// Durable blocks are never evicted: a device full of them refuses more, by name, and keeps what it promised.

@@ -25,8 +25,11 @@ const ROOM_POLL: Duration = Duration::from_millis(5);
 const READ_ROOM_WAIT_MAX: Duration = Duration::from_millis(500);
 /// Watermarks are looked at so often even when nothing asks.
 const WATERMARK_POLL: Duration = Duration::from_millis(100);
-/// NVMe is evicted in batches of this many bytes: one index batch and one sync for all.
+/// NVMe is evicted in batches of this many bytes, one index batch and one sync for all, but of a small share of it at most:
+/// half of a batch is empty on average.
 const NVME_EVICT_BYTES: u64 = 16 << 20;
+/// One of so many parts.
+const NVME_EVICT_SHARE: u64 = 64;
 
 /// Whose turn it is to evict from NVMe, and how often that made room.
 #[derive(Default)]
@@ -291,7 +294,8 @@ impl Store {
         if self.nvme_room.made() != made {
             return RoomMade::Elsewhere;
         }
-        if self.evict_nvme(u64::from(len).max(NVME_EVICT_BYTES)).await == 0 {
+        let batch = NVME_EVICT_BYTES.min(self.config.nvme.bytes.0 / NVME_EVICT_SHARE);
+        if self.evict_nvme(batch.max(u64::from(len))).await == 0 {
             return RoomMade::None;
         }
         self.nvme_room.made.fetch_add(1, Ordering::Release);

@@ -39,8 +39,8 @@ use std::time::Duration;
 use kvkeep_core::catalogue::{Command, Namespace, Outcome};
 use kvkeep_core::directory::{Directory, Located, PositionView, RemovedPart};
 use kvkeep_core::{
-    BlockId, Class, Digest, DigestKey, Error, ErrorKind, Format, Handle, InstanceId, MissReason,
-    Result, TenantId, Tier, Version,
+    BlockId, Class, Digest, DigestKey, Error, ErrorKind, Format, Handle, InstanceId, MissReason, Result, TenantId,
+    Tier, Version,
 };
 use kvkeep_tiers::dram::Arena;
 use kvkeep_tiers::nvme::{BlockCopy, IndexEntry, NvmeStore};

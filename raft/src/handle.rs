@@ -189,7 +189,7 @@ impl GroupHandle {
             return Ok(Proposed::Overloaded { retry_after: OVERLOAD_RETRY });
         };
         let (answer, pending) = oneshot::channel();
-        self.intake.jobs.send(job(Asker { answer, _permit: permit })).map_err(|_| stopped())?;
+        self.intake.jobs.send(job(Asker { answer, permit })).map_err(|_| stopped())?;
         Ok(Proposed::Queued(Pending(pending)))
     }
 }

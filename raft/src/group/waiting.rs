@@ -68,15 +68,16 @@ impl Drop for Permit {
     }
 }
 
-/// Where an answer goes. Its share of the bounds is free once it is sent.
+/// Where an answer goes. Whoever has it finds its share of the bounds free.
 #[derive(Debug)]
 pub(crate) struct Asker<T> {
     pub answer: oneshot::Sender<Result<T>>,
-    pub _permit: Permit,
+    pub permit: Permit,
 }
 
 impl<T> Asker<T> {
     pub fn tell(self, answer: Result<T>) {
+        drop(self.permit);
         // Someone who does not wait any more needs no answer.
         let _ = self.answer.send(answer);
     }

@@ -12,7 +12,7 @@ use super::place::{Sequence, UNIT_BYTES};
 
 /// First bytes of every header.
 pub const MAGIC: [u8; 8] = *b"KVKBLOCK";
-/// The version this code writes, and the newest it reads.
+/// The version that this code writes and reads. The device's own version goes up with it.
 pub const FORMAT_VERSION: u16 = 1;
 /// Bytes of a page, the unit in which headers grow.
 pub const PAGE_BYTES: usize = UNIT_BYTES as usize;
@@ -136,9 +136,9 @@ pub enum HeaderError {
     /// Something else is there, or nothing.
     #[error("no block header")]
     NoMagic,
-    /// Written by a newer KVKeep. Nothing is wrong with it; this version cannot read it.
-    #[error("header has format version {0}, newer than {FORMAT_VERSION}")]
-    NewerVersion(u16),
+    /// Not of the version that all headers of the device have, which is told when it is opened.
+    #[error("header has format version {0}, the device {FORMAT_VERSION}")]
+    Version(u16),
     /// The header's own checksum does not hold.
     #[error("header checksum")]
     Checksum,
@@ -204,11 +204,8 @@ impl Header {
         }
         // The version comes before the checksum: another version may sum differently.
         let version = r.u16(8);
-        if version > FORMAT_VERSION {
-            return Err(HeaderError::NewerVersion(version));
-        }
-        if version == 0 {
-            return Err(Field("format version"));
+        if version != FORMAT_VERSION {
+            return Err(HeaderError::Version(version));
         }
         let header_bytes = r.u32(16) as usize;
         if header_bytes < FIXED_BYTES || header_bytes > pages.len() {

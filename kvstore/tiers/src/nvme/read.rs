@@ -174,11 +174,6 @@ impl NvmeStore {
         }
         let header = match Header::decode(head.as_slice()) {
             Ok(header) => header,
-            // Not damage, and not ours to touch.
-            Err(e @ HeaderError::NewerVersion(_)) => {
-                let e = Error::new(ErrorKind::Config, "a block was written by a newer kvkeep").with("cause", e);
-                return (Found::Failed(e), into);
-            }
             Err(e) => return (Found::Doubt(Doubt::Header(e)), into),
         };
         if tag_of(header.sequence) != at.tag || !expect.is(&header.meta) {

@@ -150,8 +150,9 @@ async fn a_bit_that_flips_on_the_way_costs_nothing() {
 
 #[tokio::test]
 async fn a_bit_that_flipped_on_the_device_is_corruption_and_its_extent_stays_out_of_use() {
-    let (header_bit, payload_bit) = (100 * 8, (4096 + 70_000) * 8 + 3);
-    for (bit, chunk) in [(header_bit, None), (payload_bit, Some(1))] {
+    // Those of the version, too: a device of another version is not opened, so within one it is damage.
+    let (version_bit, header_bit, payload_bit) = (8 * 8 + 1, 100 * 8, (4096 + 70_000) * 8 + 3);
+    for (bit, chunk) in [(version_bit, None), (header_bit, None), (payload_bit, Some(1))] {
         let rig = Rig::new(2, 1);
         let store = rig.open();
         let place = durable(1).put(&store).await.unwrap();

@@ -181,8 +181,9 @@ class Region:
         path: str | PathLike[str], offset: int = 0, bytes: int | None = None, *, also_at: int | None = None
     ) -> Region:
         """A file on tmpfs that an engine has mapped already (None: to its end). The server gets the descriptor. The file must
-        never be truncated. `also_at`: the address at which the engine's own mapping of the same bytes starts: buffers and raw
-        addresses in there are then places of this region. It stays mapped as long as the region is used."""
+        never be truncated. `also_at`: the address at which the engine's own shared mapping of the same bytes starts (else
+        `ValueError`): buffers and raw addresses in there are then places of this region, as long as the kernel says that the
+        file is mapped there. Geometries and places that were made of it count on its staying."""
     @staticmethod
     def from_fd(fd: int, offset: int = 0, bytes: int | None = None, *, also_at: int | None = None) -> Region:
         """The same by a descriptor, which is duplicated. A memfd with F_SEAL_SHRINK is mapped by the server; another is

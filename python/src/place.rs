@@ -233,6 +233,7 @@ pub(crate) fn places(
         }
         (Err(_), None) => {
             let mut places = Vec::with_capacity(items);
+            let _once = region::Looking::begin();
             for place in said.try_iter()? {
                 places.push(Place::of(&place?)?.sdk(filled)?);
             }

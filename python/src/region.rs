@@ -1,17 +1,24 @@
 //! Memory shared with the server, found by its addresses.
+//!
+//! An engine's own mapping of a region (`also_at`) is the engine's to unmap, and anything may lie there afterwards. So each
+//! look-up by such an address asks the kernel whether the file is still there: else the server would read and fill the file,
+//! and the engine some other memory.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ffi::c_int;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use kvkeep_client as sdk;
+use kvkeep_client::region::maps::{FileId, Maps};
 use pyo3::exceptions::PyOSError;
 use pyo3::ffi;
 use pyo3::prelude::*;
 
-use crate::error::raise;
+use crate::error::{raise, wrong_with};
 use crate::mapped::MappedBlock;
 use crate::place::{Memory, Place};
 
@@ -21,6 +28,8 @@ static KNOWN: Mutex<BTreeMap<usize, Known>> = Mutex::new(BTreeMap::new());
 struct Known {
     region: sdk::Region,
     number: u64,
+    /// The mapping here is the engine's: of this file, from this offset. `None`: it is the region's own.
+    of: Option<(FileId, u64)>,
 }
 
 fn known() -> MutexGuard<'static, BTreeMap<usize, Known>> {
@@ -32,7 +41,46 @@ pub(crate) fn at(address: usize, bytes: usize) -> Option<(sdk::Region, usize)> {
     let known = known();
     let (first, found) = known.range(..=address).next_back()?;
     let offset = address - first;
-    (offset.checked_add(bytes)? <= found.region.len()).then(|| (found.region.clone(), offset))
+    if offset.checked_add(bytes)? > found.region.len() {
+        return None;
+    }
+    if let Some((file, start)) = &found.of {
+        let there = Looking::maps(|maps| maps.file_at(address, bytes))?;
+        if there != (file.clone(), start + offset as u64) {
+            return None;
+        }
+    }
+    Some((found.region.clone(), offset))
+}
+
+thread_local! {
+    /// What was read once for all look-ups of one call. The outer one: there is such a call.
+    static MAPS: RefCell<Option<Option<Maps>>> = const { RefCell::new(None) };
+}
+
+/// As long as one lives, look-ups of this thread read the mappings of the process once.
+pub(crate) struct Looking(());
+
+impl Looking {
+    pub(crate) fn begin() -> Self {
+        MAPS.set(Some(None));
+        Self(())
+    }
+
+    /// `None` as well where the kernel does not tell.
+    fn maps<T>(look: impl Fn(&Maps) -> Option<T>) -> Option<T> {
+        MAPS.with_borrow_mut(|read| match read {
+            None => look(&Maps::read().ok()?),
+            Some(Some(maps)) => look(maps),
+            Some(read) => look(read.insert(Maps::read().ok()?)),
+        })
+    }
+}
+
+impl Drop for Looking {
+    fn drop(&mut self) {
+        MAPS.set(None);
+    }
 }
 
 /// Memory shared with the server.
@@ -44,11 +92,15 @@ pub(crate) struct Region {
 }
 
 impl Region {
-    fn of(region: sdk::Region, also_at: Option<usize>) -> Self {
+    /// `also_at`: the engine's own mapping, and what file it is of.
+    fn of(region: sdk::Region, also_at: Option<(usize, (FileId, u64))>) -> Self {
         static NUMBER: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
         let number = NUMBER.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        for address in std::iter::once(region.as_ptr().addr()).chain(also_at) {
-            known().insert(address, Known { region: region.clone(), number });
+        let own = (region.as_ptr().addr(), None);
+        let theirs = also_at.map(|(address, of)| (address, Some(of)));
+        let also_at = theirs.as_ref().map(|(address, _)| *address);
+        for (address, of) in std::iter::once(own).chain(theirs) {
+            known().insert(address, Known { region: region.clone(), number, of });
         }
         Self { region, number, also_at }
     }
@@ -66,9 +118,24 @@ impl Region {
                 Ok(size.saturating_sub(offset) as usize)
             };
             let bytes = bytes.map_or_else(to_end, Ok)?;
-            Ok(sdk::Region::from_descriptor(descriptor, offset, bytes))
+            let inode = std::fs::File::from(descriptor.try_clone()?).metadata()?.ino();
+            let there = match also_at {
+                Some(address) => Some((address, Maps::read()?.file_at(address, bytes))),
+                None => None,
+            };
+            Ok((sdk::Region::from_descriptor(descriptor, offset, bytes), inode, there))
         });
-        let region = region.map_err(|e: std::io::Error| PyOSError::new_err(e))?;
+        let (region, inode, there) = region.map_err(|e: std::io::Error| PyOSError::new_err(e))?;
+        let also_at = match there {
+            None => None,
+            Some((address, Some((file, start)))) if file.inode() == inode && start == offset => {
+                Some((address, (file, start)))
+            }
+            Some((address, _)) => {
+                let what = "also_at is where a shared mapping of the same bytes of the file begins, and there is none";
+                return Err(wrong_with(what, "also_at", address));
+            }
+        };
         Ok(Self::of(region.map_err(|e| raise(&e))?, also_at))
     }
 }

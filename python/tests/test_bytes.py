@@ -146,6 +146,48 @@ def test_a_file_that_an_engine_has_mapped_is_a_region_under_the_engines_addresse
         assert not kvkeep.Place((address, BLOCK)).is_shared, "forgotten with the region"
 
 
+def test_memory_that_took_the_place_of_a_region_is_no_region(ns):
+    """An engine frees its pool, the region is still known, and another pool lies at the same addresses."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+        file.truncate(4 * BLOCK)
+        engines = mmap.mmap(file.fileno(), 4 * BLOCK)
+        engines[:] = bytes([1]) * (4 * BLOCK)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(engines))
+        region = kvkeep.Region.from_fd(file.fileno(), 0, 4 * BLOCK, also_at=address)
+        assert kvkeep.Place((address, BLOCK)).is_shared
+        # The second half is other memory now.
+        fixed = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10  # MAP_FIXED
+        later = address + 2 * BLOCK
+        assert libc.mmap(later, 2 * BLOCK, mmap.PROT_READ | mmap.PROT_WRITE, fixed, -1, 0) == later
+        assert kvkeep.Place((address, 2 * BLOCK)).is_shared
+        assert not kvkeep.Place((later, BLOCK)).is_shared and not kvkeep.Place((address, 3 * BLOCK)).is_shared
+        keys, written = chain(1), blocks(1)
+        ctypes.memmove(later, bytes(written[0]), BLOCK)
+        assert ns.put_from(keys, [(later, BLOCK)]).all_kept
+        back = bytearray(BLOCK)
+        assert ns.get_into(keys, [back]).all_hit and back == written[0]
+        assert ns.get_into(keys, [(later + BLOCK, BLOCK)]).all_hit
+        assert ctypes.string_at(later + BLOCK, BLOCK) == written[0]
+        del region
+
+
+def test_a_region_is_not_where_its_file_is_not_mapped():
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+        file.truncate(4 * BLOCK)
+        shared = mmap.mmap(file.fileno(), 4 * BLOCK)
+        private = mmap.mmap(file.fileno(), 4 * BLOCK, flags=mmap.MAP_PRIVATE)
+        for wrong in (
+            ctypes.addressof(ctypes.c_char.from_buffer(private)),
+            ctypes.addressof(ctypes.c_char.from_buffer(shared)) + BLOCK,
+            ctypes.addressof(ctypes.c_char.from_buffer(bytearray(4 * BLOCK))),
+        ):
+            with pytest.raises(kvkeep.Error, match="also_at"):
+                kvkeep.Region.from_fd(file.fileno(), 0, 4 * BLOCK, also_at=wrong)
+
+
 def test_a_part_that_does_not_fit_is_a_miss(ns):
     keys = chain(2)
     assert ns.put_from(keys, blocks(2)).all_kept

@@ -265,6 +265,7 @@ class KVKeepTier(SecondaryTierManager):
         self._touches.put(None)
         self._lookups.shutdown()
         self._namespace.close()
+        self._region = None
 
     # The order of keys.
 

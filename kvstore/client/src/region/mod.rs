@@ -14,11 +14,13 @@
 //! that no other process can be given ([`Region::lent`]), on every way.
 //!
 //! `memory` has the mapping and all `unsafe`, `landed` what arrives over a socket, [`geometry`] makes places out of block ids,
-//! [`mapped`] is the other way round: the server's memory, read in place.
+//! [`mapped`] is the other way round: the server's memory, read in place;
+//! [`maps`] tells whether memory is a mapping of a file.
 
 pub mod geometry;
 mod landed;
 pub mod mapped;
+pub mod maps;
 pub(crate) mod memory;
 pub(crate) mod words;
 

@@ -158,6 +158,8 @@ class Spaces:
             self._closed = True
             spaces = [space for of_kind in self._spaces.values() for space in of_kind.values()]
             self._spaces.clear()
+            # LMCache unmaps its memory next, and other memory may come to lie there.
+            self._regions.clear()
         for space in spaces:
             space.close()
 

@@ -114,6 +114,8 @@ class Pool:
     def close(self) -> None:
         self._registration.stop()
         self._namespace.close()
+        # The pool may be freed next, and other memory come to lie there.
+        self._regions.clear()
 
     # What is there.
 

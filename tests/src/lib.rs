@@ -18,7 +18,7 @@ pub mod raw_block;
 pub mod sessions;
 pub mod workload;
 
-pub use node::{Node, Options};
+pub use node::{Node, Options, address_to_keep};
 
 /// Fixes the seed of a test run.
 pub const SEED_VARIABLE: &str = "KVKEEP_SEED";

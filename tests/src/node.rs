@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -110,6 +110,18 @@ fn profile_folder() -> PathBuf {
     let test = std::env::current_exe().expect("a test knows its own path");
     let folder = test.parent().and_then(Path::parent).expect("a test lies in target/<profile>/deps");
     folder.to_owned()
+}
+
+/// An address for a node that will come back on it: with the port of the block protocol above it, and below those that the
+/// kernel gives to whoever asks for any, so that nobody has taken it meanwhile.
+///
+/// # Panics
+/// If none is free.
+pub fn address_to_keep() -> String {
+    let is_free = |port: u16| TcpListener::bind(("127.0.0.1", port)).is_ok();
+    let tries = std::iter::repeat_with(|| rand::random_range(10_000..16_000) * 2).take(1000);
+    let port = tries.into_iter().find(|port| is_free(*port) && is_free(port + 1)).expect("two free ports");
+    format!("127.0.0.1:{port}")
 }
 
 /// A fresh folder on a disk: beside the build, because `/tmp` may be memory.

@@ -57,14 +57,14 @@ async fn everything(client: &Client, ns: &Namespace, chain: u64) {
 async fn a_server_that_dies_in_any_step_costs_misses_at_worst() {
     for (round, name) in kvkeep_node_failpoints().iter().filter(|name| !name.starts_with("session.")).enumerate() {
         println!("failpoint {name}");
-        let mut node = Node::new(Options { limits: "instance_grace_ms = 300\n".into(), ..Options::default() });
+        let listen = kvkeep_tests::address_to_keep();
+        let mut node = Node::new(Options { limits: "instance_grace_ms = 300\n".into(), listen, ..Options::default() });
         node.restart();
         let handle = super::namespace(&node.client().await, &formats::any_size(1 << 20)).await.handle;
         node.kill();
         node.options_mut().environment = vec![("KVKEEP_FAILPOINT".into(), name.clone())];
         // `hello.said` dies in the client's connect; the client is one that does not need it.
         node.restart();
-        node.options_mut().listen = node.endpoint();
         let config = kvkeep_client::ClientConfig {
             lost: Lost::Misses,
             patience: Duration::from_secs(2),

@@ -111,9 +111,8 @@ async fn a_stopped_server_is_misses_and_then_hits_again() {
 /// SIGKILL and a new start on another port: the same client finds it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_server_is_misses_and_its_next_life_hits() {
-    let mut node = Node::start(Options::default());
     // The port must be known again in the next life: an engine's endpoint does not change.
-    node.options_mut().listen = node.endpoint();
+    let mut node = Node::start(Options { listen: kvkeep_tests::address_to_keep(), ..Options::default() });
     let (client, ns) = engine(&node).await;
     let keys = payload::chain(1, 4);
     super::store(&ns, &keys, BYTES, Class::Durable).await;
@@ -131,11 +130,10 @@ async fn a_killed_server_is_misses_and_its_next_life_hits() {
 /// Nobody has ever answered: a client that connects at its first call has misses, and hits once a server is there.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_is_not_there_yet_is_misses() {
-    let mut node = Node::start(Options::default());
+    let mut node = Node::start(Options { listen: kvkeep_tests::address_to_keep(), ..Options::default() });
     let (_, ns) = engine(&node).await;
     let keys = payload::chain(1, 2);
     super::store(&ns, &keys, BYTES, Class::Durable).await;
-    node.options_mut().listen = node.endpoint();
     let (endpoint, handle) = (node.endpoint(), ns.handle);
     node.kill();
     let client = Client::lazy(ClientConfig::to(endpoint)).unwrap();

@@ -281,6 +281,7 @@ class Engine:
 
     def kill(self) -> None:
         """SIGKILL to all of its processes at once, as an out-of-memory killer would."""
+        left = {path for pid in self._pids for path in shared_memory(pid)}
         for pid in self._pids or [self.process.pid]:
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -292,6 +293,9 @@ class Engine:
             30,
             "it is dead",
         )
+        # vLLM's own, a quarter of a gigabyte: nobody is left to remove it.
+        for path in left:
+            path.unlink(missing_ok=True)
 
     def close(self) -> None:
         if self.process.poll() is None:
@@ -330,6 +334,16 @@ def cpu_seconds(pid: int) -> float:
     """That a process has used so far, in user and system mode."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def shared_memory(pid: int) -> set[Path]:
+    """The files right under /dev/shm that a process has mapped."""
+    try:
+        maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except OSError:
+        return set()
+    paths = (Path(line.split(maxsplit=5)[-1]) for line in maps if "/dev/shm/" in line)
+    return {path for path in paths if path.parent == Path("/dev/shm")}
 
 
 def is_zombie(pid: int) -> bool:

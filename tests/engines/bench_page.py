@@ -157,19 +157,23 @@ def _holds(r: dict) -> list[str]:
 
 
 def _turns(r: dict) -> list[str]:
+    tokens = 640 * r["conversations"]
     lines = [
-        "## A conversation of ten turns",
+        "## Conversations of ten turns",
         "",
-        "160 new tokens and 64 generated a turn; between two turns the engine's cache was dropped. Beside it an engine whose cache was kept,",
-        "which no store can beat: what a turn costs then is the computing of its own tokens over a longer context, and this grows.",
-        f"Turn 10 over turn 2: {r['turn_10_over_turn_2']:.2f} (bar 1.3), with a cache that was kept {r['turn_10_over_turn_2_kept']:.2f}; "
-        f"the store over it: {r['store_over_kept']:.2f}. {'The same' if r['tokens_identical'] else 'OTHER'} tokens from both, 640 of them.",
+        f"160 new tokens and 64 generated a turn; medians of {r['conversations']} conversations. Between two turns the engine's cache was dropped. Beside it",
+        "an engine whose cache was kept, which no store can beat: what a turn costs then is the computing of its own tokens over a longer",
+        "context, and this grows; and an engine without a store whose cache was dropped (two conversations).",
+        f"Turn 10 over turn 2: {r['turn_10_over_turn_2']:.2f} (bar 1.3; of each conversation {_list(r['turn_10_over_turn_2_each'])}), with a cache that was kept "
+        f"{r['turn_10_over_turn_2_kept']:.2f} ({_list(r['turn_10_over_turn_2_kept_each'])});",
+        f"the store over it: {r['store_over_kept']:.2f}. {'The same' if r['tokens_identical'] else 'OTHER'} tokens from both, {tokens} of them.",
         "",
-        "| turn | prompt | restored tokens | with the store ms | cache kept ms | without ms |",
-        "|---|---|---|---|---|---|",
+        "| turn | prompt | restored tokens | with the store ms | cache kept ms | store / kept | without ms |",
+        "|---|---|---|---|---|---|---|",
     ]
     return lines + [
-        f"| {x['turn']} | {x['prompt_tokens']} | {x['restored_tokens']} | {x['ttft_ms']} | {x['ttft_kept_ms']} | {x['ttft_without_ms']} |"
+        f"| {x['turn']} | {x['prompt_tokens']} | {x['restored_tokens']} | {x['ttft_ms']} | {x['ttft_kept_ms']} | {x['store_over_kept']:.2f} "
+        f"| {x['ttft_without_ms']} |"
         for x in r["rows"]
     ]
 
@@ -192,56 +196,76 @@ def _documents(r: dict) -> list[str]:
 
 
 def _beside(r: dict) -> list[str]:
-    w, mib = r["workload"], 1 << 20
-    engine, dram, disk, unique = (w[k] / mib for k in ("engine_bytes", "dram_bytes", "disk_bytes", "unique_bytes"))
-    source = (
-        "made up, as of coding agents"
-        if w["source"] == "made up"
-        else f"of coding agents (trace `{w['source']}`, 1/16 as long)"
-    )
-    lines = [
+    mib, tight, ample = 1 << 20, r["tight"], r["ample"]
+    pieces = tight["pieces"]
+
+    def between(key: str, unit: int = 1) -> str:
+        least, most = (f(w[key] for w in pieces) // unit for f in (min, max))
+        return str(least) if least == most else f"{least} to {most}"
+
+    w = pieces[-1]
+    source = "made up, as of coding agents" if w["source"].startswith("made up") else "of coding agents, 1/16 as long"
+    disk = ample["pieces"][0]["disk_bytes"] // mib
+    return [
         "## Beside what vLLM and LMCache have of their own",
         "",
-        f"{w['requests']} requests {source}, {w['sessions']} sessions that share a beginning of 768 tokens; prompts of",
-        f"{w['prompt_tokens_median']} tokens in the median and {w['prompt_tokens_max']} at most, 16 to 32 generated, {w['at_once']} at once, one of a session",
-        f"at a time. Different KV: {unique:.0f} MiB; the engine's own: {engine:.0f} MiB; of each store: {dram:.0f} MiB of DRAM, {disk:.0f} MiB of disk.",
-        f"Model `{r['model']}` (8 KiB of KV per token), prefill in steps of 512 tokens. Each subject is an engine and a store begun empty; two",
-        "rounds, the second in reverse order: *round 1 / round 2*.",
+        f"{len(pieces)} pieces of {w['requests']} requests {source} ({'; '.join(w['source'] for w in pieces)}); {between('sessions')} sessions",
+        f"that share a beginning of 768 tokens; prompts of {between('prompt_tokens_median')} tokens in the median and "
+        f"{between('prompt_tokens_max')} at most, 16 to 32",
+        f"generated, {w['at_once']} at once, one of a session at a time. Different KV: {between('unique_bytes', mib)} MiB; the engine's own: "
+        f"{between('engine_bytes', mib)} MiB; of each store:",
+        f"{between('dram_bytes', mib)} MiB of DRAM, {between('disk_bytes', mib)} MiB of disk. Model `{r['model']}` (8 KiB of KV per token), prefill in steps of 512",
+        "tokens. Each subject begins each piece with an engine and a store that are empty; the order of the subjects turns round from piece",
+        "to piece. Percentiles and means are those of all requests; hits also of each piece. *Learned*: with nothing stored, but with what the",
+        "policy learned in the pieces before, of which there was one more in front.",
         "",
-        "| | token hits | TTFT p50 ms | p95 ms | mean ms | between tokens p50 ms | p99 ms | written to disk MiB | on disk at the end MiB | CPU s | whole s | same tokens |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for subject in r["subjects"].values():
-        columns = [
-            lambda x: f"{100 * x['hit_share']:.1f} %",
-            lambda x: f"{x['ttft_ms']['p50']:.0f}",
-            lambda x: f"{x['ttft_ms']['p95']:.0f}",
-            lambda x: f"{x['ttft_ms']['mean']:.0f}",
-            lambda x: f"{x['between_tokens_ms']['p50']:.1f}",
-            lambda x: f"{x['between_tokens_ms']['p99']:.0f}",
-            lambda x: f"{x['disk_bytes_written'] / mib:.0f}",
-            lambda x: f"{x['disk_bytes_used'] / mib:.0f}",
-            lambda x: f"{sum(x['cpu_seconds'].values()):.0f}",
-            lambda x: f"{x['seconds']:.0f}",
-        ]
-        cells = [" / ".join(column(x) for x in subject["runs"]) for column in columns]
-        lines.append(f"| {subject['what']} | {' | '.join(cells)} | {100 * subject['tokens_identical_share']:.0f} % |")
-    return [
-        *lines,
+        *_subjects(tight),
         "",
-        "KVKeep's index and raft log preallocate 78 MiB, whatever is stored: on disk at the end, not of its blocks.",
-        "(a) The `fs` tier has no bound and removes nothing: it may use more disk than the others, which favours it. vLLM refuses to copy",
-        "a CPU's KV; the copy is ours ([cpu_offload.py](../tests/engines/cpu_offload.py)).",
+        f"The last piece once more, twice, with {disk} MiB of disk: nothing has to leave.",
+        "",
+        *_subjects(ample),
+        "",
+        "KVKeep's index and raft log preallocate 78 MiB, whatever is stored: on disk, not of its blocks.",
+        "(a) The `fs` tier has no bound and removes nothing: in the first table it may use more disk than the others, which favours it. vLLM",
+        "refuses to copy a CPU's KV; the copy is ours ([cpu_offload.py](../tests/engines/cpu_offload.py)).",
         "(b) LMCache's in-process connector has no copy for a CPU, either; it is ours ([cpu_lmcache.py](../tests/engines/cpu_lmcache.py)). O_DIRECT, as",
         "the others: else the page cache would be DRAM of its own. 256 tokens are its default, 32 the block of the others.",
-        "*Same tokens*: share of requests that say what they say without a store in round 1. Where a prompt is found up to another place, its",
+        "*Same tokens*: share of requests that say what they say without a store. Where a prompt is found up to another place, its",
         "rest is computed in other steps, which round otherwise, and a model of random weights may then say another token.",
         "*Between tokens*: a request that is computed while another one decodes makes it wait; that is most of the p99.",
     ]
 
 
+def _subjects(r: dict) -> list[str]:
+    mib = 1 << 20
+    lines = [
+        "| | token hits | of each piece % | TTFT p50 ms | p95 ms | mean ms | between tokens p50 ms | p99 ms | written to disk MiB | on disk at most MiB | CPU s | whole s | same tokens |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for subject in r["subjects"].values():
+        x, ttft, gaps = (subject["all"], subject["all"]["ttft_ms"], subject["all"]["between_tokens_ms"])
+        cells = [
+            f"{100 * x['hit_share']:.1f} %",
+            " / ".join(f"{100 * run['hit_share']:.1f}" for run in subject["runs"]),
+            *(f"{ttft[k]:.0f}" for k in ("p50", "p95", "mean")),
+            f"{gaps['p50']:.1f}",
+            f"{gaps['p99']:.0f}",
+            f"{x['disk_bytes_written'] / mib:.0f}",
+            f"{x['disk_bytes_used'] / mib:.0f}",
+            f"{x['cpu_seconds']:.0f}",
+            f"{x['seconds']:.0f}",
+            f"{100 * subject['tokens_identical_share']:.0f} %",
+        ]
+        lines.append(f"| {subject['what']} | {' | '.join(cells)} |")
+    return lines
+
+
 def _mean(values: list[float]) -> str:
     return f"{statistics.mean(values):.0f}"
+
+
+def _list(values: list[float]) -> str:
+    return ", ".join(f"{value:.2f}" for value in values)
 
 
 def _median(values: list[float]) -> str:

@@ -107,7 +107,7 @@ def never_worse(bench: Bench) -> dict:
 
 def decode(bench: Bench) -> dict:
     """Decoding while what is decoded is saved; and while others' prompts are restored, beside an engine that has these itself."""
-    pairs, length = 10, 96
+    pairs, length = 30, 96
     saving: dict[str, list[float]] = {"plain": [], "store": []}
     for order in in_turn(bench, pairs):
         for name, engine in order:

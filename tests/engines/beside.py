@@ -1,10 +1,12 @@
 """KVKeep beside what vLLM and LMCache have of their own: the same requests, the same bytes of DRAM and disk, an engine each.
 
-    tests/engines/run bench beside                          all subjects, two rounds, the second in reverse order (15 minutes)
-    KVKEEP_BESIDE=kvkeep,native tests/engines/run bench beside      some, one round of the first 30 requests
+    tests/engines/run bench beside                          all subjects, four pieces of the trace, then with ample disk (40 minutes)
+    KVKEEP_BESIDE=kvkeep,native tests/engines/run bench beside      some, the first 30 requests of the first piece
 
 The requests are those of coding agents (../shared/traces/agentic_coding.jsonl.zst, beside the repository), 1/16 as long: a block of the
-trace is a block of the engine. Without the trace they are made up, of the same shape.
+trace is a block of the engine. Without the trace they are made up, of the same shape. What leaves a store that is too small is much a
+matter of chance in a piece of 100 requests, hence four of them, at hours that were chosen before any was run. vLLM's `fs` tier cannot be
+given a bound, so there is a second comparison in which nothing has to leave the disk.
 """
 
 from __future__ import annotations
@@ -22,18 +24,19 @@ from pathlib import Path
 from harness import BLOCK, VOCABULARY, Engine, Server, connector, wait_until
 
 TRACE = Path(__file__).resolve().parents[3] / "shared" / "traces" / "agentic_coding.jsonl.zst"
-FROM_MS, LONGEST, REQUESTS = 7 * 3_600_000, 131_072, 100
-"""Of the trace: from when on, the longest prompt that a session may have, how many requests."""
+HOURS, BEFORE, LONGEST, REQUESTS = (1, 3, 5, 7), 0, 131_072, 100
+"""Of the trace: when the pieces begin, and one that is only learned from; the longest prompt that a session may have; how many requests
+a piece has."""
 TRACE_BLOCK = 512
 SHARED_BLOCKS = 24
 """Blocks at the beginning that all sessions share, the prompt of the system and its tools: the trace hides that they do."""
-RAW = Path(__file__).resolve().parents[2] / "target" / "engines" / "beside.json"
+RAW = Path(__file__).resolve().parents[2] / "target" / "engines"
 """What each request and the server's counters said, to look for reasons."""
 MODEL, KV_BYTES_PER_TOKEN = "small", 8192
 ENGINE_BLOCKS = 576
 """Of the engine's own KV: two of the longest prompts."""
 AT_ONCE = 2
-DRAM_SHARE, DISK_SHARE = 1 / 3, 1 / 2
+DRAM_SHARE, DISK_SHARE, AMPLE_DISK_SHARE = 1 / 3, 1 / 2, 5 / 4
 """Of all different blocks of the requests."""
 MIB = 1 << 20
 
@@ -44,6 +47,7 @@ class Workload:
     requests: list[dict]
     sessions: int
     unique_blocks: int
+    disk_share: float = DISK_SHARE
 
     @property
     def dram_bytes(self) -> int:
@@ -51,7 +55,7 @@ class Workload:
 
     @property
     def disk_bytes(self) -> int:
-        return self._part(DISK_SHARE)
+        return self._part(self.disk_share)
 
     def _part(self, share: float) -> int:
         return int(share * self.unique_blocks * BLOCK * KV_BYTES_PER_TOKEN) // (2 * MIB) * 2 * MIB
@@ -74,12 +78,16 @@ class Workload:
         }
 
 
-def workload() -> Workload:
+def workloads(hours: tuple[int, ...]) -> list[Workload]:
     if TRACE.exists():
-        rows, source = _of_trace(), "agentic_coding"
-    else:
-        print(f"engines: beside: no {TRACE}: the requests are made up", file=sys.stderr, flush=True)
-        rows, source = _made_up(), "made up"
+        return [
+            _workload(f"agentic_coding, hour {hour}", rows) for hour, rows in zip(hours, _of_trace(hours), strict=True)
+        ]
+    print(f"engines: beside: no {TRACE}: the requests are made up", file=sys.stderr, flush=True)
+    return [_workload(f"made up, seed {seed}", _made_up(seed)) for seed in hours]
+
+
+def _workload(source: str, rows: list[dict]) -> Workload:
     requests = []
     for row in rows:
         tokens = [token for position, block in enumerate(row["blocks"]) for token in _tokens(position, block)]
@@ -97,28 +105,30 @@ def _tokens(position: int, block: int) -> list[int]:
     return [rng.randrange(16, VOCABULARY - 16) for _ in range(BLOCK)]
 
 
-def _of_trace() -> list[dict]:
+def _of_trace(hours: tuple[int, ...]) -> list[list[dict]]:
     text = subprocess.run(["zstd", "-dc", TRACE], capture_output=True, check=True, text=True).stdout
     all_rows = [json.loads(line) for line in text.splitlines()]
     longest: dict[int, int] = {}
     for row in all_rows:
         longest[row["session"]] = max(longest.get(row["session"], 0), row["input_length"])
+    rows = [row for row in all_rows if longest[row["session"]] <= LONGEST]
+    pieces = ([row for row in rows if row["timestamp"] >= hour * 3_600_000][:REQUESTS] for hour in hours)
+    return [[_scaled(row) for row in piece] for piece in pieces]
+
+
+def _scaled(row: dict) -> dict:
     scale = TRACE_BLOCK // BLOCK
-    return [
-        {
-            "session": row["session"],
-            "blocks": row["hash_ids"],
-            "length": row["input_length"] // scale,
-            "generated": min(32, max(16, row["output_length"] // scale)),
-        }
-        for row in all_rows
-        if row["timestamp"] >= FROM_MS and longest[row["session"]] <= LONGEST
-    ][:REQUESTS]
+    return {
+        "session": row["session"],
+        "blocks": row["hash_ids"],
+        "length": row["input_length"] // scale,
+        "generated": min(32, max(16, row["output_length"] // scale)),
+    }
 
 
-def _made_up() -> list[dict]:
+def _made_up(seed: int) -> list[dict]:
     """Sessions that grow by a few blocks a turn and come in bursts; now and then the end of a context is written anew."""
-    rng, fresh, rows = random.Random(5), iter(range(1, 1 << 30)), []
+    rng, fresh, rows = random.Random(seed), iter(range(1, 1 << 30)), []
     contexts = [[next(fresh) for _ in range(rng.randrange(60, 160))] for _ in range(20)]
     while len(rows) < REQUESTS:
         session = rng.randrange(len(contexts))
@@ -149,6 +159,8 @@ class Subject:
     environment: dict = field(default_factory=dict)
     settings: dict = field(default_factory=dict)
     server: Server | None = None
+    learned: Path | None = None
+    """Where its policy's snapshot goes at the end."""
 
 
 def kvkeep(w: Workload, folder: Path, **environment: str) -> Subject:
@@ -160,6 +172,18 @@ def kvkeep_lru(w: Workload, folder: Path) -> Subject:
     """With the simpler policy: what the learned one is worth in a run so short that it has hardly learned anything."""
     subject = kvkeep(w, folder, KVKEEP_POLICY="lru")
     subject.what += ' with `policy = "lru"`'
+    return subject
+
+
+def kvkeep_learned(w: Workload, folder: Path) -> Subject:
+    """As a node that has run for a while: it begins empty, with what the policy learned in the pieces before."""
+    learned, data = folder.parent / "learned-policy", folder / "kvkeep"
+    if learned.exists():
+        data.mkdir()
+        shutil.copy(learned, data / "policy")
+    subject = kvkeep(w, folder)
+    subject.what += " whose policy learned from earlier pieces"
+    subject.learned = learned
     return subject
 
 
@@ -205,12 +229,15 @@ def none(w: Workload, folder: Path) -> Subject:
 
 SUBJECTS = {
     "kvkeep": kvkeep,
+    "kvkeep_learned": kvkeep_learned,
     "kvkeep_lru": kvkeep_lru,
     "native": native,
     "lmcache": lmcache,
     "lmcache_fine": lmcache_fine,
     "none": none,
 }
+TIGHT_ONLY = {"kvkeep_learned", "kvkeep_lru"}
+"""Where nothing has to leave, a policy decides nothing of the disk."""
 
 
 # Measuring.
@@ -245,8 +272,11 @@ def measure(w: Workload, name: str, root: Path) -> dict:
         said = engine.replay(w.requests, AT_ONCE)
         used = {name: round(used[name] + process.cpu_seconds(), 1) for name, process in processes.items()}
         written = _settled(engine, subject) - before
-        result = _figures(w, said) | {
+        result = {
             "what": subject.what,
+            "seconds": round(said["seconds"], 1),
+            "prompt_tokens": sum(len(r["prompt"]) for r in w.requests),
+            "outputs": said["outputs"],
             "disk_bytes_written": written,
             "disk_bytes_used": sum(f.stat().st_blocks * 512 for f in folder.rglob("*") if f.is_file()),
             "cpu_seconds": used,
@@ -254,6 +284,9 @@ def measure(w: Workload, name: str, root: Path) -> dict:
         }
         if subject.server:
             result["counters"] = _counters(engine, subject.server)
+        if subject.learned:
+            subject.server.stop()
+            shutil.copy(subject.server.folder / "policy", subject.learned)
         return result
     finally:
         engine.close()
@@ -262,17 +295,19 @@ def measure(w: Workload, name: str, root: Path) -> dict:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _figures(w: Workload, said: dict) -> dict:
-    outputs = said["outputs"]
+def _figures(runs: list[dict]) -> dict:
+    """Of all requests of these runs; bytes and seconds of them together, but for what was on disk: at most."""
+    outputs = [o for run in runs for o in run["outputs"]]
     first = [o["first_token_seconds"] for o in outputs]
     between = [s for o in outputs for s in o["between_seconds"]]
     return {
-        "hit_share": round(sum(o["cached"] for o in outputs) / sum(len(r["prompt"]) for r in w.requests), 4),
+        "hit_share": round(sum(o["cached"] for o in outputs) / sum(run["prompt_tokens"] for run in runs), 4),
         "ttft_ms": {"p50": _ms(first, 50), "p95": _ms(first, 95), "mean": round(1e3 * statistics.mean(first), 1)},
         "between_tokens_ms": {"p50": _ms(between, 50), "p99": _ms(between, 99)},
-        "seconds": round(said["seconds"], 1),
-        "each": [[o["cached"], round(1e3 * o["first_token_seconds"], 1)] for o in outputs],
-        "tokens": [o["tokens"] for o in outputs],
+        "seconds": round(sum(run["seconds"] for run in runs), 1),
+        "disk_bytes_written": sum(run["disk_bytes_written"] for run in runs),
+        "disk_bytes_used": max(run["disk_bytes_used"] for run in runs),
+        "cpu_seconds": round(sum(sum(run["cpu_seconds"].values()) for run in runs), 1),
     }
 
 
@@ -304,29 +339,48 @@ def _counters(engine: Engine, server: Server) -> dict:
     return out | {k: v for k, v in status.items() if v and isinstance(v, (int, float))}
 
 
-def _brief(run: dict) -> dict:
-    return {k: v for k, v in run.items() if k not in ("what", "each", "tokens", "counters")}
+def _compare(title: str, pieces: list[Workload], names: list[str], root: Path) -> dict:
+    """Each subject with each piece; the order of the subjects turns round from piece to piece."""
+    runs: dict[str, list[dict]] = {name: [] for name in names}
+    for n, w in enumerate(pieces):
+        print(f"{title}: {w.describe()}", flush=True)
+        for name in reversed(names) if n % 2 else names:
+            runs[name].append(measure(w, name, root))
+            print(name, _figures(runs[name][-1:]), flush=True)
+    RAW.mkdir(parents=True, exist_ok=True)
+    (RAW / f"beside-{title}.json").write_text(json.dumps(runs))
+    return {"pieces": [w.describe() for w in pieces], "subjects": _summary(runs)}
+
+
+def _summary(runs: dict[str, list[dict]]) -> dict:
+    names = list(runs)
+    reference = runs["none" if "none" in runs else names[0]]
+    subjects = {}
+    for name, of in runs.items():
+        same = [
+            a["tokens"] == b["tokens"]
+            for run, other in zip(of, reference, strict=True)
+            for a, b in zip(run["outputs"], other["outputs"], strict=True)
+        ]
+        subjects[name] = {
+            "what": of[0]["what"],
+            "tokens_identical_share": round(sum(same) / len(same), 4),
+            "all": _figures(of),
+            "runs": [_figures([run]) | {"load_average": run["load_average"]} for run in of],
+        }
+    return subjects
 
 
 def beside(root: Path) -> dict:
-    w, asked = workload(), os.environ.get("KVKEEP_BESIDE", "")
-    names, rounds = (asked.split(","), 1) if asked else (list(SUBJECTS), 2)
+    pieces, asked = workloads(HOURS), os.environ.get("KVKEEP_BESIDE", "")
     if asked:
-        w = replace(w, requests=w.requests[:30])
-    print(w.describe(), flush=True)
-    runs: dict[str, list[dict]] = {name: [] for name in names}
-    for n in range(rounds):
-        for name in reversed(names) if n % 2 else names:
-            runs[name].append(measure(w, name, root))
-            print(name, _brief(runs[name][-1]), flush=True)
-    reference = runs["none" if "none" in runs else names[0]][0]["tokens"]
-    subjects = {}
-    for name, of in runs.items():
-        same = [a == b for run in of for a, b in zip(run["tokens"], reference, strict=True)]
-        share = round(sum(same) / len(same), 4)
-        subjects[name] = {"what": of[0]["what"], "tokens_identical_share": share, "runs": [_brief(run) for run in of]}
-    RAW.parent.mkdir(parents=True, exist_ok=True)
-    RAW.write_text(json.dumps(runs))
-    if asked:
-        sys.exit(f"engines: beside: only some of it: nothing is written but {RAW}")
-    return {"model": MODEL, "workload": w.describe(), "subjects": subjects}
+        some = replace(pieces[0], requests=pieces[0].requests[:30])
+        _compare("some", [some], asked.split(","), root)
+        sys.exit(f"engines: beside: only some of it: nothing is written but {RAW}/beside-some.json")
+    measure(workloads((BEFORE,))[0], "kvkeep_learned", root)
+    ample = replace(pieces[-1], disk_share=AMPLE_DISK_SHARE)
+    return {
+        "model": MODEL,
+        "tight": _compare("tight", pieces, list(SUBJECTS), root),
+        "ample": _compare("ample", [ample, ample], [n for n in SUBJECTS if n not in TIGHT_ONLY], root),
+    }

@@ -1,6 +1,6 @@
 """The figures of docs/benchmarks-engines.md: vLLM on this machine's CPU, with and without the store.
 
-    tests/engines/run bench                 all of it (about an hour)
+    tests/engines/run bench                 all of it (an hour and a half)
     tests/engines/run bench ttft turns      some of it; what was measured before stays in the file
 
 It writes docs/benchmarks-engines.json, and docs/benchmarks-engines.md from it. What is measured stands in bench_speed.py (how fast),

@@ -1,6 +1,6 @@
 """KVKeep beside what vLLM and LMCache have of their own: the same requests, the same bytes of DRAM and disk, an engine each.
 
-    tests/engines/run bench beside                          all subjects, four pieces of the trace, then with ample disk (40 minutes)
+    tests/engines/run bench beside                          all subjects, four pieces of the trace, then with ample disk (45 minutes)
     KVKEEP_BESIDE=kvkeep,native tests/engines/run bench beside      some, the first 30 requests of the first piece
 
 The requests are those of coding agents (../shared/traces/agentic_coding.jsonl.zst, beside the repository), 1/16 as long: a block of the

@@ -142,7 +142,7 @@ impl Group {
     }
 
     /// Waits until everything that was acknowledged before is applied here.
-    fn barrier_blocking(&self) -> Result<()> {
+    pub(crate) fn barrier_blocking(&self) -> Result<()> {
         let asked = self.handle.read_barrier().map_err(|e| raft_error(&e))?;
         asked.queued().ok_or_else(busy)?.wait().map_err(|e| raft_error(&e))?;
         Ok(())

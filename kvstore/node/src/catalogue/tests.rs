@@ -171,8 +171,9 @@ fn what_changes_nothing_is_not_logged() {
         revision_digest: "w1".into(),
         require_full: false,
     };
-    // What was applied is written with the next turn: this one.
+    // What was applied is written with the next turn: this one. Its answer comes before the turn is over and its number told.
     life.registry.apply_blocking(&Command::EnsureTenant { name: "b".into() }).unwrap();
+    life.registry.group.barrier_blocking().unwrap();
     let before = life.registry.group.applied();
     for _ in 0..100 {
         let again = registered(life.registry.apply_blocking(&registration(DEFAULT, "n", "w1")).unwrap());

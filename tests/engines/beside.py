@@ -5,7 +5,7 @@
 
 The requests are those of coding agents (../shared/traces/agentic_coding.jsonl.zst, beside the repository), 1/16 as long: a block of the
 trace is a block of the engine. Without the trace they are made up, of the same shape. What leaves a store that is too small is much a
-matter of chance in a piece of 100 requests, hence four of them, at hours that were chosen before any was run. vLLM's `fs` tier cannot be
+matter of chance in a piece of 100 requests, hence four of them, two hours apart. vLLM's `fs` tier cannot be
 given a bound, so there is a second comparison in which nothing has to leave the disk.
 """
 
